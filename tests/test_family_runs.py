@@ -1,14 +1,20 @@
 """Families of diffusion language models in `run`: their own decoders by default, and what does not fit them."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hf_models import save_reading
 from tiny_families import CONFIGS, save_family
 
 import twotower_eval as tt
-from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.analyse.compare.points import long_name, short_name
+from twotower_eval.engine.decoders import decoder_spec, make_decoder
+from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
+from twotower_eval.records import Prompt, draws_at_random
 from twotower_eval.usual import relation, usual_of
 
 
@@ -59,3 +65,61 @@ def test_what_a_baseline_is_to_a_family_follows_from_names() -> None:
     assert relation("sdar", "Qwen/Qwen3-8B@main") == "own backbone"
     assert relation("llada", "meta-llama/Meta-Llama-3-8B") == "usual"
     assert relation("dream", "Qwen/Qwen3-8B") == relation("radd", "gpt2") == "other"
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llada", "low_confidence"), ("sdar", "sdar"), ("dream", "dream")])
+def test_a_witness_knows_a_familys_passes_and_other_tokens(family: str, kind: str, tmp_path: Path) -> None:
+    """Every token of a greedy answer comes from logits of its call; tokens that do not are told."""
+    model = tt.load_model(save_family(family, tmp_path / family))
+    watched = WatchedModel(model)
+    prompt = Prompt(id="one", token_ids=(40, 41, 42, 43, 44, 45))
+    with watched.witnessed(prompt.token_ids) as witness:
+        [made] = make_decoder(cast(Model, watched), kind).generate([prompt], max_new_tokens=12)
+    tally = witness.tally(made.token_ids)
+    assert (tally.num_witnessed, tally.num_drafted) == (tally.num_tokens, 0)
+    others = [(token + 7) % 100 + 4 for token in made.token_ids]
+    assert witness.tally(others).num_witnessed < 0.5 * len(others)
+
+
+def test_passes_over_a_canvas_are_all_counted_as_denoising(tmp_path: Path) -> None:
+    model = tt.load_model(save_family("llada", tmp_path / "llada"))
+    watched = WatchedModel(model)
+    params = {"cache": "dual", "block_length": 4}
+    prompt = Prompt(id="one", token_ids=(40, 41, 42))
+    [made] = make_decoder(cast(Model, watched), "fast_dllm_v1", **params).generate([prompt], max_new_tokens=8)
+    assert {one.kind for one in watched.passes} == {"denoise"}
+    assert sum(one.num for one in watched.passes) == made.num_denoiser_forwards
+    assert made.num_context_forwards == 0
+
+
+def test_samplers_draw_also_at_temperature_0_and_say_so() -> None:
+    """Else their answers, which differ from seed to seed, would be taken for those of a decoder that is not itself."""
+    assert draws_at_random(decoder_spec("bd3lm"))
+    assert draws_at_random(decoder_spec("dream", alg="origin"))
+    assert not draws_at_random(decoder_spec("dream"))
+    assert not draws_at_random(decoder_spec("sdar"))
+    claimed = dataclasses.replace(decoder_spec("sdar"), kind="other.module:Decoder", sampled=True)
+    assert not draws_at_random(claimed)
+
+
+def test_an_approximate_cache_is_named_wherever_a_point_is() -> None:
+    spec = decoder_spec("fast_dllm_v1", cache="dual")
+    assert long_name(spec).endswith("approximate cache")
+    assert short_name(spec).endswith("approximate cache")
+    assert "approximate" not in long_name(decoder_spec("fast_dllm_v1"))
+
+
+def test_a_familys_decoder_is_named_by_what_is_on() -> None:
+    assert long_name(decoder_spec("bd3lm")) == "bd3lm, first hitting true"
+    assert "None" not in long_name(decoder_spec("sdar"))
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar", "bd3lm"])
+def test_a_family_is_timed_and_reported(family: str, base: Path, tmp_path: Path) -> None:
+    folder = save_family(family, tmp_path / family)
+    given: dict[str, Any] = {"tasks": "miniature_sort", "num_prompts": 1, "new_tokens": 4, "min_rounds": 2, "probes": 2}
+    run = tt.time(model=str(folder), baseline=str(base), out=tmp_path, progress=False, **given)
+    assert {"prefill", "denoise"} <= set(run.costs["part"])
+    page = (tt.report(run, out=tmp_path / "pages").path).read_text()
+    assert "logits of these calls explain the others" not in page
+    assert "| same rounds |" in page

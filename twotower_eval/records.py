@@ -151,7 +151,14 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read
 Params = Mapping[str, Scalar]
 ENDPOINT_FAMILY = "openai"  # of models behind an OpenAI-compatible server
-OWN_DECODERS = ("autoregressive", "prompt_lookup", "draft", "mock_ar", "block_diffusion", "reference", "endpoint")
+FAMILY_DECODERS = (
+    *("ancestral", "bd3lm", "dream", "e2d2", "entropy_bound", "fast_dllm_v1", "fast_dllm_v2", "llada2"),
+    *("low_confidence", "radd", "sdar"),
+)  # of families of diffusion language models besides the two-tower one
+OWN_DECODERS = (
+    *("autoregressive", "prompt_lookup", "draft", "mock_ar", "block_diffusion", "reference", "endpoint"),
+    *FAMILY_DECODERS,
+)
 
 # Of a generation, what its row of a timed call repeats.
 GENERATION_COUNTS = (
@@ -271,6 +278,7 @@ class DecoderSpec:
     """A decoder's kind, its full parameters and the version that is raised when its outputs may change.
 
     ``approximate``: tokens are predicted from keys and values of earlier tokens than those that stand there.
+    ``sampled``: tokens or places are drawn at random whatever the temperature is.
     ``code`` are the source files of a plug-in, ``None`` for the decoders of this project, whose version says it, and
     where it was not recorded; ``draft`` is a digest of the draft model's files, ``None`` for decoders without one. What
     is ``None`` is no part of a cell's id.
@@ -282,6 +290,7 @@ class DecoderSpec:
     code: tuple[FileDigest, ...] | None = field(default=None, metadata=LEFT_OUT)
     draft: str | None = field(default=None, metadata=LEFT_OUT)
     approximate: bool | None = field(default=None, metadata=LEFT_OUT)  # never False, so that ids stay what they were
+    sampled: bool | None = field(default=None, metadata=LEFT_OUT)  # nor this
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not self.kind:
@@ -1391,8 +1400,14 @@ def run_and_launch(launch_id: str) -> tuple[str, str]:
 
 def draws(cell: Cell) -> bool:
     """Whether a decoder samples its tokens, so that two answers to one prompt may differ."""
-    temperature = cell.decoder.params.get("temperature")
-    return isinstance(temperature, (int, float)) and temperature > 0
+    return draws_at_random(cell.decoder)
+
+
+def draws_at_random(decoder: DecoderSpec) -> bool:
+    """The same of a decoder. A plug-in's word for it counts for nothing: answers that differ have to be explained."""
+    temperature = decoder.params.get("temperature")
+    is_drawn = bool(decoder.sampled) and not decoder.is_plug_in
+    return is_drawn or (isinstance(temperature, (int, float)) and temperature > 0)
 
 
 def make_cell(

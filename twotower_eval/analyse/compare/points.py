@@ -51,7 +51,7 @@ def number(decoder: DecoderSpec, name: str) -> float | None:
 
 def long_name(decoder: DecoderSpec) -> str:
     """``block 16, 16 steps, threshold 0.8`` for what has these; other parameters follow (see :func:`unusual`)."""
-    if "block_size" not in decoder.params:
+    if not _has_blocks(decoder):
         return ", ".join(unusual(decoder))
     parts = [f"block {setting(decoder, 'block_size')}", f"{setting(decoder, 'steps_per_block')} steps"]
     if "threshold" in decoder.params:
@@ -61,12 +61,18 @@ def long_name(decoder: DecoderSpec) -> str:
 
 def short_name(decoder: DecoderSpec) -> str:
     """``16/16/0.8``: block size, steps, threshold; a decoder without blocks has no shorter name."""
-    if "block_size" not in decoder.params:
+    if not _has_blocks(decoder):
         return long_name(decoder)
     parts = [f"{setting(decoder, name)}" for name in ("block_size", "steps_per_block")]
     if "threshold" in decoder.params:
         parts.append(f"{decoder.params['threshold']:g}")
     return ", ".join(["/".join(parts), *unusual(decoder)])
+
+
+def _has_blocks(decoder: DecoderSpec) -> bool:
+    """Whether block size and steps of a block are what a decoder is called by."""
+    own = not decoder.is_plug_in and "steps_per_block" not in decoder.params
+    return "block_size" in decoder.params and not own
 
 
 def code_name(decoder: DecoderSpec) -> str:
@@ -80,16 +86,16 @@ def unusual(decoder: DecoderSpec, *, without: Collection[str] = ()) -> list[str]
     """The kind, unless it is block diffusion, and each parameter that :func:`long_name` has no words for.
 
     For our decoders, those that are on; for a plug-in, whose defaults are unknown, all but ``None`` and a temperature
-    of 0. A switch for traces is left out, as it changes no answer.
+    of 0. A switch for traces is left out, as it changes no answer. An approximate cache is named.
     """
-    named = (*(NAMED if "block_size" in decoder.params else ()), "trace", *without)
+    named = (*(NAMED if _has_blocks(decoder) else ()), "trace", *without)
     kind = [] if decoder.kind == "block_diffusion" else [decoder.kind]
     told = [
         f"{name.replace('_', ' ')} {json.dumps(value)}"
         for name, value in decoder.params.items()
         if name not in named and (value or (decoder.is_plug_in and value is not None and name != "temperature"))
     ]
-    return kind + told
+    return [*kind, *told, *(["approximate cache"] if decoder.approximate else [])]
 
 
 NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part

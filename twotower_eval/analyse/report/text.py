@@ -15,7 +15,7 @@ from twotower_eval.analyse.compare.timing import SpeedPoint, best_warning
 from twotower_eval.analyse.compare.tradeoff import MeasuredOn
 from twotower_eval.analyse.words import INVALID
 from twotower_eval.analyse.words.facts import method_text
-from twotower_eval.records import Cell, Estimate, Finding, Workload
+from twotower_eval.records import FAMILY_DECODERS, Cell, Estimate, Finding, Workload
 from twotower_eval.rules import load_text
 
 if TYPE_CHECKING:
@@ -49,9 +49,12 @@ def measured_columns(name: str, found: Measured) -> Row:
 
 
 def operating_point(cell: Cell) -> Row:
-    """An operating point's columns: three usual settings, then a plug-in's other parameters as ``param_NAME``."""
+    """An operating point's columns: three usual settings, then the other parameters of a plug-in or a family's decoder
+    as ``param_NAME``, and whether its answers are approximate."""
     named = {name: setting(cell.decoder, name) for name in NAMED}
-    if cell.decoder.is_plug_in:
+    if cell.decoder.approximate:
+        named["approximate"] = True
+    if cell.decoder.is_plug_in or cell.decoder.kind in FAMILY_DECODERS:
         others = (name for name in cell.decoder.params if name not in NAMED)
         named |= {f"param_{name}": cell.decoder.params[name] for name in others}
     return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}

@@ -135,6 +135,7 @@ def decoder_spec(kind: str, /, **params: object) -> DecoderSpec:
         code=code,
         draft=draft,
         approximate=getattr(checked, "approximate", None) or None,
+        sampled=getattr(cls, "SAMPLES", None) or getattr(checked, "sampled", None) or None,
     )
 
 

@@ -47,6 +47,11 @@ class Params:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie above 0 and not above 1, not {self.top_p!r}")
 
+    @property
+    def sampled(self) -> bool:
+        """Whether places are drawn at random."""
+        return self.alg == "origin"
+
 
 class Dream(CanvasDecoder[Params]):
     """Dream's ``diffusion_generate``."""

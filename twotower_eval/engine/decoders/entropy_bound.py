@@ -75,6 +75,7 @@ class EntropyBound(BatchDecoder[Params]):
 
     KIND = "entropy_bound"
     NEEDS_MASK = False
+    SAMPLES = True
     Params = Params
     VERSION = 1
 

@@ -43,6 +43,7 @@ from twotower_eval.records import (
     Ways,
     Workload,
     canonical_json,
+    draws_at_random,
     make_cell,
     to_json,
 )
@@ -317,7 +318,8 @@ def _kind(plan: RunPlan, arm: Arm, model: Model, shared: bool) -> LikelihoodKind
 
 def _cell(plan: RunPlan, arm: _Arm, task: BuiltTask, kind: LikelihoodKind) -> Cell:
     workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
-    random = (task.generates and (plan.temperature or 0) > 0) or (not task.generates and kind == "bound")
+    drawn = (plan.temperature or 0) > 0 or draws_at_random(arm.spec)
+    random = drawn if task.generates else kind == "bound"
     extra = {
         "seed": run_seed(plan.seed) if random else None,
         "likelihood": None if task.generates else kind,

@@ -44,6 +44,7 @@ from twotower_eval.records import (
     canonical_json,
     derive_seed,
     document_prompt_id,
+    draws_at_random,
     make_cell,
     sha256_text,
 )
@@ -315,7 +316,8 @@ def with_decoders(lanes: Mapping[Load, tuple[Lane, ...]], clock: CallClock) -> d
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: Load, arm: _Arm) -> Cell:
     checkpoint = arm.model.checkpoint
     workload = make_workload(plan, calls, size, None if checkpoint.served else len(checkpoint.devices))
-    extra = {"seed": run_seed(plan.seed) if (plan.temperature or 0) > 0 else None, **chat_extra(arm.model)}
+    drawn = (plan.temperature or 0) > 0 or draws_at_random(arm.spec)
+    extra = {"seed": run_seed(plan.seed) if drawn else None, **chat_extra(arm.model)}
     return make_cell(arm.arm, checkpoint, arm.spec, workload, extra, arm.name)
 
 
