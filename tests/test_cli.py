@@ -163,6 +163,42 @@ def test_run_options_reach_the_plan_over_the_toml(
     assert capsys.readouterr().out.strip() == "r/done"
 
 
+def test_options_are_taken_as_lm_eval_writes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With underscores, words of a list one by one, a switch with its value, a value that is left out."""
+    calls = capture_runs(monkeypatch)
+    argv = "--model m --baseline b --tasks gsm8k arc_easy --num_fewshot 2 --gen_kwargs temperature=0 max_gen_toks=4 "
+    argv += "--apply_chat_template --fewshot_as_multiturn false --log_samples --include_path p --trust_remote_code "
+    assert cli.main(["run", *argv.split(), "--system_instruction", "be_brief now", "--output_path", "out_put"]) == 0
+    expected = RunPlan(
+        model="m", baseline="b", tasks=("gsm8k", "arc_easy"), num_fewshot=2,
+        gen_kwargs={"temperature": 0, "max_gen_toks": 4}, apply_chat_template=True, fewshot_as_multiturn=False,
+        include_path=("p",), trust_remote_code=True, system_instruction="be_brief now",
+    )  # fmt: skip
+    assert calls == [(expected, Path("out_put"), None)]
+    capsys.readouterr()
+    assert "stray" in fail(capsys, "run", "--limit", "2", "stray")
+
+
+def test_an_option_that_only_lm_eval_has_is_told_what_to_give_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fail(capsys, "run", "--model_args", "pretrained=gpt2")
+    assert "--model-args is an option of lm_eval; here: --model CKPT" in said
+    assert fail(capsys, "run", "-t", "gsm8k") == "error: -t is an option of lm_eval; here: --tasks\n"
+    assert "--resume RUN" in fail(capsys, "speed", "-c", "cache")
+    assert "No such option: --nonsense" in fail(capsys, "run", "--nonsense")
+
+
+@pytest.mark.parametrize("seed", ["42", "0", "42,42,42,42"])
+def test_a_single_seed_says_how_it_differs_from_that_of_lm_eval(
+    seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture_runs(monkeypatch)
+    assert cli.main(["run", "--seed", seed]) == 0
+    line = "--seed 42 draws few-shot examples by 1276 (1234 + 42); lm_eval's --seed 42 is --seed 42,42,42,42 here\n"
+    assert (line in capsys.readouterr().err) == (seed == "42")
+
+
 def test_a_run_begins_with_its_power_plan() -> None:
     """The smallest drop that these documents can show was computed nowhere before a run."""
     from twotower_eval.analyse import stats
@@ -227,6 +263,11 @@ def test_choices_in_help_are_those_of_the_plan() -> None:
         options_of("run")["dtype"].help
         == "auto, float32, bfloat16 or float16; auto: the checkpoint's own, float32 on a CPU [auto]."
     )
+    assert options_of("run")["attention"].help.startswith(
+        "Attention of Hugging Face models: sdpa, eager, flash_attention_2 or flex_attention ["
+    )
+    for verb in PLANS:
+        assert not [one for one in options_of(verb).values() if "typing" in one.help or "<class" in one.help]
     kinds = "exact, context_tower, denoiser_left_to_right or bound"
     assert options_of("run")["likelihood"].help == f"{kinds} [context_tower]."
 
@@ -377,16 +418,20 @@ def test_report_takes_the_newest_run_of_each_verb(
     assert cli.main(["report"]) == 0
     assert cli.main(["report", path.name, "--out", "elsewhere", "--section", "a:b", "--section", "c"]) == 0
     assert cli.main(["report", "--html", "--format", "csv", "--claims", "mine.toml"]) == 0
+    assert cli.main(["report", "--format", "csv", "--format", "model-card"]) == 0
+    assert cli.main(["report", "--format", "csv,model-card"]) == 0
     there = Path("results") / path.name
     plain = {"sections": None, "html": False, "csv": False, "model_card": False}
     assert calls == [
         [[there], None, Path("reports"), plain],
         [[there], None, Path("elsewhere"), plain | {"sections": ["a:b", "c"]}],
         [[there], "mine.toml", Path("reports"), plain | {"html": True, "csv": True}],
+        *2 * [[[there], None, Path("reports"), plain | {"csv": True, "model_card": True}]],
     ]
     said = capsys.readouterr()
-    assert said.out == "reports/id/report.md\nelsewhere/id/report.md\nreports/id/report.html\n"
-    assert said.err == 2 * f"the newest of each verb: {path.name}\n"
+    both = "reports/id/report.md\nreports/id/model-card.md\n"
+    assert said.out == "reports/id/report.md\nelsewhere/id/report.md\nreports/id/report.html\n" + 2 * both
+    assert said.err == 4 * f"the newest of each verb: {path.name}\n"
     make_run(tmp_path / "results", RunPlan())
     assert cli.main(["report"]) == 0
     taken = calls[-1][0][0].name

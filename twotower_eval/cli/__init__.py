@@ -13,7 +13,7 @@ import typer
 
 from twotower_eval.cli import analyse, measure
 from twotower_eval.cli import listing as listing_verb
-from twotower_eval.cli.options import listing
+from twotower_eval.cli.options import dashes, hint_of, listing
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich would cost a third of the help's time
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "token_normalize_func": dashes},
 )
 app.command(
     cls=listing("model family", "decoder"),
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments or ["--help"], prog_name="twotower-eval", standalone_mode=False)
     except typer.TyperException as error:
-        return _fail(_missing_command(error) or error.format_message())
+        return _fail(_missing_command(error) or hint_of(getattr(error, "option_name", "")) or error.format_message())
     except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

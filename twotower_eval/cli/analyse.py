@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval import store
-from twotower_eval.cli.options import REPORTS, RESULTS, option
+from twotower_eval.cli.options import REPORTS, RESULTS, option, texts
 from twotower_eval.cli.runs import EXIT_INTERRUPTED, chosen
 from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
@@ -41,10 +41,11 @@ def report(
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="Also write one self-contained HTML file.")] = False,
     format: Annotated[
-        str | None,
+        list[str] | None,
         option(
             "csv: also write the tables, with all digits. model-card: also write evaluation results for a card of the "
-            "Hugging Face hub. lm-eval: also write lm-eval's result files into the folders of run.",
+            "Hugging Face hub. lm-eval: also write lm-eval's result files into the folders of run. May be given "
+            "several times.",
             metavar="KIND",
         ),
     ] = None,
@@ -53,20 +54,22 @@ def report(
     ] = False,
 ) -> None:
     """Verb ``report``."""
-    if format not in (None, "csv", MODEL_CARD, LM_EVAL):
-        kinds = f"csv, {MODEL_CARD} or {LM_EVAL}"
-        raise UserError(f"--format can be {kinds}, not {format!r}: Markdown is always written, --html adds HTML")
+    formats = texts(",".join(format or ())) or ()
+    for kind in formats:
+        if kind not in ("csv", MODEL_CARD, LM_EVAL):
+            kinds = f"csv, {MODEL_CARD} or {LM_EVAL}"
+            raise UserError(f"--format can be {kinds}, not {kind!r}: Markdown is always written, --html adds HTML")
     read_on_one_thread()
     from twotower_eval import api
 
     named = chosen(runs, results, count_others=True)
-    kinds_of = {"csv": format == "csv", "model_card": format == MODEL_CARD}
+    kinds_of = {"csv": "csv" in formats, "model_card": MODEL_CARD in formats}
     page = api.report(*named, out=out, sections=section, claims=claims, html=html, results=results, **kinds_of)
     show(lambda: page.tables)
     typer.echo(page.path)
-    if format == MODEL_CARD:
+    if MODEL_CARD in formats:
         typer.echo(page.folder / "model-card.md")
-    if format == LM_EVAL:
+    if LM_EVAL in formats:
         for path in (api.run_path(one, results) for one in named):
             if verb_of(store.read_manifest(path)) == "run":
                 typer.echo(api.write_lm_files(path))

@@ -17,6 +17,7 @@ from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, is_older_sizing_plan
 from twotower_eval.records import verb_of
+from twotower_eval.task_options import OTHER_SEED, seeds_of
 
 ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG"
 
@@ -69,9 +70,20 @@ def _refuse_foreign(cls: type, given: Given, words: str) -> None:
         raise UserError(f"--{no}{name} {words}")
 
 
+def say_seed(given: Given) -> None:
+    """Say what a single seed does that it does not do in lm_eval: there it is that of few-shot examples, too."""
+    seed = given.get("seed")
+    if isinstance(seed, int) and seed:
+        drawn = f"draws few-shot examples by {seeds_of(seed).fewshot} ({OTHER_SEED} + {seed})"
+        typer.echo(
+            f"--seed {seed} {drawn}; lm_eval's --seed {seed} is --seed {','.join([str(seed)] * 4)} here", err=True
+        )
+
+
 @plan_options(RunPlan)
 def run(given: Given, plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
     """Verb ``run``."""
+    say_seed(given)
     with resumable("run", out, resume):
         from twotower_eval import api
 
@@ -99,6 +111,7 @@ def speed(
     if is_meant(given, plan, out, resume):
         measure(given, plan, out, resume)
         return
+    say_seed(given)
     with resumable("speed", out, resume):
         from twotower_eval import api
 

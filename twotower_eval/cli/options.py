@@ -34,7 +34,7 @@ def option(text: str, *names: str, metavar: str | None = None, hidden: bool = Fa
 
 
 PlanFile = Annotated[Path | None, option("TOML plan; options given here override it.", "--plan", metavar="FILE")]
-Out = Annotated[Path, option("Parent folder of run folders [results].", "--out", metavar="DIR")]
+Out = Annotated[Path, option("Parent folder of run folders [results].", "--out", "--output-path", metavar="DIR")]
 Resume = Annotated[
     str | None, option("Continue an interrupted run: its folder, or its id under --out.", "--resume", metavar="RUN")
 ]
@@ -42,16 +42,78 @@ Resume = Annotated[
 
 SWITCHED: Mapping[str, bool] = {"true": True, "false": False}
 
+# Options of lm_eval's `run` that have another name here, or no counterpart: name -> what to give instead. Those that
+# are called as here, with _ or -, are not among them.
+OF_LM_EVAL: Mapping[str, str] = {
+    "config": "--plan FILE, a TOML file",
+    "model-args": "--model CKPT, with --revision, --dtype, --device, --trust-remote-code, --decoder and --set",
+    "use-cache": "nothing: every answer is kept in the run's folder, and --resume RUN continues it",
+    "max-batch-size": "--batch-size N",
+    "cache-requests": "nothing: prompts are built anew in each run",
+    "check-integrity": "twotower-eval list tasks PATTERN, which says whether a task's data is here",
+    "write-out": "nothing: the prompts of all answers are in the run's lm_eval/…/samples_*.jsonl",
+    "show-config": "nothing: the run's manifest.json holds the settings of every task",
+    "predict-only": "twotower-eval lm-eval run --model twotower --predict_only",
+    "verbosity": "nothing: errors are one line, TWOTOWER_EVAL_TRACEBACK=1 shows the whole traceback",
+    "wandb-args": "twotower-eval lm-eval run --model twotower --wandb_args …",
+    "wandb-config-args": "twotower-eval lm-eval run --model twotower --wandb_config_args …",
+    "trackio-args": "twotower-eval lm-eval run --model twotower --trackio_args …",
+    "hf-hub-log-args": "twotower-eval report --format model-card",
+    "confirm-run-unsafe-code": "nothing: tasks that execute a model's output are refused",
+    "metadata": "twotower-eval lm-eval run --model twotower --metadata …",
+}
+# The short names of lm_eval's options.
+SHORT_OF_LM_EVAL: Mapping[str, str] = {
+    **{"C": "config", "t": "tasks", "M": "model", "a": "model-args", "L": "limit", "c": "use-cache"},
+    **{"f": "num-fewshot", "b": "batch-size", "o": "output-path", "s": "log-samples", "E": "samples"},
+    **{"v": "verbosity", "w": "write-out", "x": "predict-only"},
+}
+
+
+def hint_of(option: str) -> str:
+    """What to give instead of an option that only lm_eval has; empty for all others."""
+    name = option.lstrip("-").replace("_", "-")
+    long = name if option.startswith("--") else SHORT_OF_LM_EVAL.get(name[:1], "")
+    if long in OF_LM_EVAL:
+        return f"{option} is an option of lm_eval; here: {OF_LM_EVAL[long]}"
+    return "" if option.startswith("--") or not long else f"{option} is an option of lm_eval; here: --{long}"
+
+
+def dashes(name: str) -> str:
+    """An option's or a verb's name as it is here; lm_eval writes ``_`` for ``-``."""
+    return name.replace("_", "-")
+
 
 class PlanCommand(TyperCommand):
-    """A command with options that may be given without their value, as ``--apply-chat-template``."""
+    """A command whose options are also taken as lm_eval takes them.
+
+    Options such as ``--apply-chat-template`` may be given without their value, switches with one
+    (``--fewshot-as-multiturn false``), and words of a list one by one (``--tasks a b``).
+    """
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
-        """Give a value to such options that are given alone: in front of another option, or at the end."""
-        bare = {name for param in self.params if str(param.metavar).startswith("[") for name in param.opts}
+        """Rewrite such options as the parser takes them."""
+        options = [param for param in self.params if param.param_type_name == "option"]
+        has_arguments = len(options) < len(self.params)
+        bare = {name for param in options if str(param.metavar).startswith("[") for name in param.opts}
+        switches = {param.opts[0]: param.secondary_opts[0] for param in options if param.secondary_opts}
+        lists = {name for param in options if "," in str(param.metavar) and not param.multiple for name in param.opts}
         whole: list[str] = []
-        for arg, following in zip(args, [*args, "-"][1:], strict=True):
-            whole.append(f"{arg}=true" if arg in bare and following.startswith("-") else arg)
+        rest = list(args)
+        while rest:
+            arg = rest.pop(0)
+            name = dashes(arg) if arg.startswith("--") else arg
+            if name in bare and (not rest or rest[0].startswith("-")):
+                arg = f"{name}=true"
+            elif name in switches and rest and rest[0].lower() in SWITCHED and not has_arguments:
+                arg = name if SWITCHED[rest.pop(0).lower()] else switches[name]
+            elif name in lists and rest:
+                words = [rest.pop(0)]
+                while rest and not rest[0].startswith("-") and not has_arguments:
+                    words.append(rest.pop(0))
+                whole.append(arg)
+                arg = ",".join(words)
+            whole.append(arg)
         return super().parse_args(ctx, whole)
 
 
@@ -135,7 +197,7 @@ def help_of(cls: type, name: str) -> str:
     declared, hint = option_of(cls, name)
     default = default_of(cls, name)
     shown = declared.unset if default is None else name if default is True else _text(default)
-    words = [str(arg) for arg in typing.get_args(hint)]
+    words = [str(arg) for arg in typing.get_args(_inner(hint))]
     text = declared.help.format(choices=" or ".join([", ".join(words[:-1]), *words[-1:]]))
     return f"{text} [{shown}]." if shown else f"{text}."
 
