@@ -92,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
     }
     | {"compare", "claims", "words", "report", "miniature", "lm_eval"},
     "lm_eval": {"plan", "plan_chat", "decoder_settings", "chosen", "harness", "suites", *ENGINE},
-    "cli": {"plan", "plan_baselines", "plan_fields", "decoder_settings", "store", "api"},
+    "cli": {"plan", "plan_baselines", "plan_fields", "decoder_settings", "task_options", "store", "api"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
