@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from hf_models import save_reading
 from tiny_families import CONFIGS, save_family
 
@@ -13,9 +14,11 @@ from twotower_eval.analyse.compare.points import long_name, short_name
 from twotower_eval.engine.decoders import decoder_spec, make_decoder
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.scorers import make_scorer
+from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.errors import UserError
 from twotower_eval.records import Prompt, draws_at_random
-from twotower_eval.usual import relation, usual_of
+from twotower_eval.usual import MASKED, relation, usual_of
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +126,77 @@ def test_a_family_is_timed_and_reported(family: str, base: Path, tmp_path: Path)
     page = (tt.report(run, out=tmp_path / "pages").path).read_text()
     assert "logits of these calls explain the others" not in page
     assert "| same rounds |" in page
+
+
+REQUEST = ScoreRequest(context_ids=(40, 41, 42, 43, 44), continuation_ids=(45, 46, 47, 48, 49, 50, 51), seed=3)
+
+
+def _without_mask(logits: torch.Tensor, mask: int) -> torch.Tensor:
+    logits[..., mask] = -torch.inf
+    return logits.double().log_softmax(-1)
+
+
+def test_a_canvas_is_scored_from_left_to_right_with_the_whole_answer_in_view(tmp_path: Path) -> None:
+    """By hand, from whole canvases of prompt and answer."""
+    model = cast(Any, tt.load_model(save_family("llada", tmp_path / "llada")))
+    prompt, answer, mask = REQUEST.context_ids, REQUEST.continuation_ids, model.mask_token_id
+    total = 0.0
+    for place, token in enumerate(answer):
+        ids = [*prompt, *answer[:place], *[mask] * (len(answer) - place)]
+        total += float(
+            _without_mask(model.canvas_logits(torch.tensor([ids]), [len(ids)])[0, len(prompt) + place], mask)[token]
+        )
+    [found] = make_scorer(model, "denoiser_left_to_right").score([REQUEST])
+    assert found.logprob_nats == pytest.approx(total, abs=1e-4)
+
+
+def test_blocks_are_scored_where_they_are_decoded(tmp_path: Path) -> None:
+    """SDAR's blocks count from the first token: 5 tokens of context leave 3 places of the second block of 4."""
+    model = cast(Any, tt.load_model(save_family("sdar", tmp_path / "sdar")))
+    row, mask, total = (*REQUEST.context_ids, *REQUEST.continuation_ids), model.mask_token_id, 0.0
+    for place in range(5, 12):
+        start = place - place % 4
+        context = model.prefill(torch.tensor([row[:start]]))
+        block = torch.tensor([[*row[start:place], *[mask] * (start + 4 - place)]])
+        total += float(_without_mask(model.denoise(block, context)[0, place - start], mask)[row[place]])
+    [found] = make_scorer(model, "denoiser_left_to_right").score([REQUEST])
+    assert found.logprob_nats == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_a_bound_follows_from_the_requests_seed_alone(family: str, tmp_path: Path) -> None:
+    """Neither the requests beside it nor their order change it, and on average it lies below the exact chain rule
+    where both see the same."""
+    model = tt.load_model(save_family(family, tmp_path / family))
+    other = dataclasses.replace(REQUEST, context_ids=(60, 61), seed=4)
+    scorer = make_scorer(model, "bound", num_draws=4)
+    [alone] = scorer.score([REQUEST])
+    assert scorer.score([other, REQUEST])[1] == alone
+    assert (alone.kind, alone.num_draws) == ("bound", 4)
+    assert scorer.score([dataclasses.replace(REQUEST, seed=5)]) != [alone]
+
+
+def test_a_single_token_is_scored_alike_by_both_kinds(tmp_path: Path) -> None:
+    """One token has one set of masks, so that the bound is exact."""
+    single = dataclasses.replace(REQUEST, continuation_ids=(45,))
+    for family in ("llada", "sdar", "bd3lm", "mdlm"):
+        model = tt.load_model(save_family(family, tmp_path / family))
+        [bound], [exact] = (make_scorer(model, kind).score([single]) for kind in MASKED)
+        assert bound.logprob_nats == pytest.approx(exact.logprob_nats, abs=1e-5)
+        assert bound.is_greedy == exact.is_greedy
+
+
+@pytest.mark.parametrize("family", ["llada", "bd3lm"])
+def test_options_are_scored_by_a_kind_that_both_arms_have_and_name(family: str, base: Path, tmp_path: Path) -> None:
+    folder = save_family(family, tmp_path / family)
+    run = tt.evaluate(model=str(folder), baseline=str(base), tasks="miniature_choice", limit=1, out=tmp_path)
+    assert sorted(set(run.likelihoods["kind"])) == ["bound", "exact"]
+    with pytest.raises(UserError, match="take bound or denoiser_left_to_right"):
+        make_scorer(tt.load_model(folder), "context_tower")
+
+
+def test_a_family_as_a_baseline_is_scored_as_the_candidate_is(tmp_path: Path) -> None:
+    folders = [str(save_family(family, tmp_path / family)) for family in ("llada", "dream")]
+    given: dict[str, Any] = {"tasks": "miniature_choice", "limit": 1, "out": tmp_path}
+    run = tt.evaluate(model=folders[0], baseline=folders[1], baseline_decoder="dream", **given)
+    assert set(run.likelihoods["kind"]) == {"bound"}

@@ -56,7 +56,17 @@ ALLOWED: dict[str, set[str]] = {
     # measure
     "suites": {"task_options"},
     "chosen": {"plan", "plan_baselines", "plan_sources", "decoder_settings", "usual", "models"},
-    "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
+    "harness": {
+        "usual",
+        "plan",
+        "plan_chat",
+        "plan_sources",
+        "task_options",
+        "chosen",
+        "decoder_settings",
+        "rules",
+        "store",
+    }
     | {"progress", "suites", "scorers", *ENGINE},
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"plan_speed", "progress", "endpoints", *ENGINE},

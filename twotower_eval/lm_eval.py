@@ -22,7 +22,7 @@ from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.engine.decoders import decoder_class, from_spec
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.chat import Messages, attach_format, format_of, load_format
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, lacks
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import USUAL_BATCH
 from twotower_eval.measure.harness.adapter import HarnessLM
@@ -34,6 +34,7 @@ from twotower_eval.plan import RunPlan
 from twotower_eval.plan_chat import chat_options
 from twotower_eval.records import AUTO, ChatOptions, DecoderSpec, LikelihoodKind
 from twotower_eval.sources import Source, located, read_source
+from twotower_eval.usual import usual_of
 
 LOADING = ("pretrained", "revision", "dtype", "device", "devices", "tower", "family", "trust_remote_code", "attention")
 RUNNING = ("decoder", "likelihood", "batch_size", "max_batch_size", "seed")
@@ -65,7 +66,7 @@ class TwoTowerLM(HarnessLM):
         if kind is not None:
             _refuse_unknown(kind, given)  # before weights are loaded
         model = _loaded(loading)
-        kind = kind or ("block_diffusion" if model.has_denoiser else "autoregressive")
+        kind = kind or (usual_of(model.checkpoint.family).decoder if model.has_denoiser else "autoregressive")
         _refuse_unknown(kind, given)
         temperature = cast(Any, given.pop("temperature", None))
         plan = RunPlan(decoder=kind, set=cast(Any, given) or None, temperature=temperature)
@@ -157,6 +158,8 @@ def _loaded(given: Mapping[str, object]) -> Model:
 
 def _kind(model: Model, asked: LikelihoodKind) -> LikelihoodKind:
     """The kind of log-likelihoods, as a candidate has them in ``twotower-eval run``."""
+    if lacks(model, "causal") and asked not in DENOISER_KINDS:
+        return usual_of(model.checkpoint.family).kinds[0]
     return asked if model.has_denoiser or asked in DENOISER_KINDS else "exact"
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from twotower_eval.engine.decoders.batch import check_mask
 from twotower_eval.engine.decoders.rows import padded_ids
 from twotower_eval.engine.models.context import Branch, branches, walk
-from twotower_eval.engine.models.protocol import Context, Denoising, Model, branching, remote, two_tower
+from twotower_eval.engine.models.protocol import Context, Denoising, Model, branching, lacks, masked, remote
+from twotower_eval.engine.scorers.families import FamilyBound, FamilyLeftToRight
 from twotower_eval.engine.scorers.pieces import (
     Chunk,
     PathContexts,
@@ -243,6 +244,11 @@ def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int)
         own = cast("Callable[..., Scorer]", resolve("twotower_eval.engine.endpoints.scorer:EndpointScorer"))
         return own(model, kind)
     if kind in ("exact", "context_tower"):
+        if lacks(model, "causal"):
+            raise UserError(
+                f"likelihood {kind} is for models that predict the next token, and {model.checkpoint.name} is of family "
+                f"{model.checkpoint.family}: take bound or denoiser_left_to_right"
+            )
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
             name, is_pair = model.checkpoint.name, model.has_denoiser
             raise UserError(
@@ -253,13 +259,15 @@ def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int)
         return CausalScorer(model, kind)
     if kind not in ("denoiser_left_to_right", "bound"):
         raise UserError(f"likelihood {kind!r} is unknown; choose exact, context_tower, denoiser_left_to_right or bound")
-    pair = two_tower(model, f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
+    if lacks(model, "masked"):
+        raise UserError(f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
     check_mask(model, f"likelihood {kind!r}")
     if block_size < 1 or (kind == "bound" and num_draws < 2):
         raise UserError("a denoiser likelihood needs block_size of at least 1, a bound at least 2 draws")
-    if kind == "bound":
-        return BoundScorer(pair, block_size, num_draws)
-    return LeftToRightScorer(pair, block_size)
+    if lacks(model, "two towers"):
+        return FamilyBound(masked(model), num_draws) if kind == "bound" else FamilyLeftToRight(masked(model))
+    pair = cast(Denoising, model)
+    return BoundScorer(pair, block_size, num_draws) if kind == "bound" else LeftToRightScorer(pair, block_size)
 
 
 class CausalScorer(Scorer):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, block_sizes, cross_decoders
 from twotower_eval.engine.models.chat import arm_chats, attach_formats, chat_extra
-from twotower_eval.engine.models.protocol import Model, text_codec
+from twotower_eval.engine.models.protocol import Model, lacks, text_codec
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import choose_batch_size, without_auto
@@ -50,6 +50,7 @@ from twotower_eval.records import (
 from twotower_eval.rules import refuse_same
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.task_options import recorded_seeds, run_seed
+from twotower_eval.usual import usual_of
 
 if TYPE_CHECKING:
     from twotower_eval.engine.models.arms import Loaded
@@ -311,6 +312,9 @@ def _equal_context(baseline: Model, candidate: Model) -> bool:
 
 def _kind(plan: RunPlan, arm: Arm, model: Model, shared: bool) -> LikelihoodKind:
     """The kind of a model's log-likelihoods, as named beside every score."""
+    if lacks(model, "causal"):  # in either arm
+        kinds = usual_of(model.checkpoint.family).kinds or DENOISER_KINDS
+        return plan.likelihood if plan.likelihood in kinds else kinds[0]
     if arm == "candidate" and (model.has_denoiser or plan.likelihood in DENOISER_KINDS):
         return plan.likelihood
     return "context_tower" if shared or model.has_denoiser else "exact"
