@@ -56,18 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     # measure
     "suites": {"task_options"},
     "chosen": {"plan", "plan_baselines", "plan_sources", "decoder_settings", "usual", "models"},
-    "harness": {
-        "usual",
-        "plan",
-        "plan_chat",
-        "plan_sources",
-        "task_options",
-        "chosen",
-        "decoder_settings",
-        "rules",
-        "store",
-    }
-    | {"progress", "suites", "scorers", *ENGINE},
+    "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
+    | {"progress", "suites", "scorers", "usual", *ENGINE},
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"plan_speed", "progress", "endpoints", *ENGINE},
     "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
@@ -101,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "calibration",
     }
     | {"compare", "claims", "words", "report", "miniature", "lm_eval"},
-    "lm_eval": {"plan", "plan_chat", "decoder_settings", "chosen", "harness", "suites", *ENGINE},
+    "lm_eval": {"plan", "plan_chat", "decoder_settings", "chosen", "harness", "suites", "usual", *ENGINE},
     "cli": {"plan", "plan_baselines", "plan_fields", "decoder_settings", "task_options", "store", "api"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.

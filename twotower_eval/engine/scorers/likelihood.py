@@ -246,8 +246,8 @@ def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int)
     if kind in ("exact", "context_tower"):
         if lacks(model, "causal"):
             raise UserError(
-                f"likelihood {kind} is for models that predict the next token, and {model.checkpoint.name} is of family "
-                f"{model.checkpoint.family}: take bound or denoiser_left_to_right"
+                f"likelihood {kind} is for models that predict the next token, and {model.checkpoint.name} is of "
+                f"family {model.checkpoint.family}: take bound or denoiser_left_to_right"
             )
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
             name, is_pair = model.checkpoint.name, model.has_denoiser
