@@ -81,6 +81,10 @@ def test_what_is_said_of_all_holds_where_a_table_is_silent() -> None:
         ({"baselines": {"model": "x"}}, "baselines are tables: in TOML [[baselines]]"),
         ({"baselines": [{"model": "x"}], "baseline": ["y", "z"]}, "two ways to say the same: take one"),
         ({"baselines": [{"model": "x", "name": "a"}, {"model": "y", "name": "a"}]}, "two baselines are called 'a'"),
+        (
+            {"baseline_decoder": "autoregressive,prompt_lookup", "baseline_set": {"max_matching_ngram_size": 3}},
+            "baseline_set does not say which of several decoders it is for: give each a table, --baselines",
+        ),
         ({"baselines": [{"model": "x", "name": "a\nb"}, {"model": "y"}]}, "is no name of a baseline"),
     ],
 )
@@ -89,6 +93,13 @@ def test_slips_are_told_in_a_line(values: dict[str, Any], words: str) -> None:
         plan_from_json(SpeedPlan, values)
     assert words in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_settings_beside_several_decoders_are_refused_as_they_are_typed() -> None:
+    from twotower_eval.api.given import plan_of
+
+    with pytest.raises(UserError, match="baseline_set does not say which"):
+        plan_of(SpeedPlan, None, None, {"baseline_decoder": "autoregressive,draft", "baseline_set": {"draft": "x"}})
 
 
 def test_an_option_overrides_what_tables_say() -> None:

@@ -37,6 +37,11 @@ def test_what_can_be_no_name_is_a_folder_that_is_not_there(text: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_bare_address_is_told_how_an_endpoint_is_written() -> None:
+    with pytest.raises(UserError, match="is written as openai:http://host:8000/v1#NAME"):
+        read_source("http://host:8000/v1#gpt")
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"model\.safetensors: no such checkpoint folder"):

@@ -73,6 +73,9 @@ def with_baselines(cls: type, values: JsonObject) -> dict[str, object]:
     if crossed and found.get(SEVERAL):
         field = keys_of(cls)[next(iter(crossed))]
         raise UserError(f"several in {field} and tables [[{SEVERAL}]] are two ways to say the same: take one")
+    if "decoder" in crossed and found.get(PREFIX + "set"):
+        own = f"{SEVERAL} '{{decoder = \"…\", set = {{…}}}}'"
+        raise UserError(f"{PREFIX}set does not say which of several decoders it is for: give each a table, --{own}")
     if crossed:
         found[SEVERAL] = tuple(dict(zip(crossed, one, strict=True)) for one in product(*crossed.values()))
     return found

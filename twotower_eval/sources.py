@@ -110,6 +110,8 @@ def _read(given: str | os.PathLike[str]) -> Source:
         return _of_folder(folder)
     if text == SHIPPED:
         return SHIPPED_PAIR
+    if not isinstance(given, Path) and text.startswith(("http://", "https://")):
+        raise UserError(f"{text}: a model behind a server is written as {ENDPOINT}{text.partition('#')[0]}#NAME")
     repo, at, revision = text.partition("@")
     if isinstance(given, Path) or folder.exists() or not HUB_NAME.fullmatch(repo):
         raise UserError(f"{folder}: no such checkpoint folder")

@@ -85,8 +85,9 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
         values["set"] = {**settings, **typed_settings(str(kind), _texts(settings))}
     if isinstance(settings := values.get("baseline_set"), Mapping):
         kind = values.get("baseline_decoder") or getattr(base, "baseline_decoder", None) or BASELINE_DECODER
-        typed = typed_settings(str(kind), _texts(settings), "--baseline-set")
-        values["baseline_set"] = {**settings, **typed}
+        if isinstance(kind, str) and "," not in kind:  # several decoders are refused where they are crossed
+            typed = typed_settings(kind, _texts(settings), "--baseline-set")
+            values["baseline_set"] = {**settings, **typed}
     return plan_from_json(cls, values) if base is None else merge(base, values)
 
 
