@@ -1,9 +1,11 @@
 """Reference outputs of whole families are replayed exactly, and whatever is changed in them is noticed."""
 
 import copy
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from pages import DOCS
 
+from twotower_eval import cli
 from twotower_eval.measure.verify.checks import CheckResult
 from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
 from twotower_eval.measure.verify.replays import NUMBERS, REPLAYS
@@ -165,3 +168,54 @@ def test_changed_counts_of_samplers_are_noticed(family: str, count: str) -> None
     run = dict(golden.meta[runs][0])
     run[count] += 1
     assert _outcomes(Golden(golden.model, golden.tensors, {**golden.meta, runs: [run]}))["golden_counts"] == "failed"
+
+
+def test_every_number_of_calls_and_every_place_of_a_canvas_is_held_to_its_own() -> None:
+    """Kinds of calls, the prompt's part of a canvas, what stands behind a stop, and masks left before a call."""
+
+    def kinds(run: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+        for kind in run["nfe"]:
+            yield lambda own, kind=kind: own["nfe"].update({kind: own["nfe"][kind] + 1})  # type: ignore[misc]
+        for place in (0, len(run["final"]) - 1):
+            yield lambda own, place=place: own["final"].__setitem__(place, own["final"][place] ^ 1)  # type: ignore[misc]
+        if "masks_left_before_call" in run:
+            yield lambda own: own["masks_left_before_call"].append(1)
+
+    for family in ("llada", "dream", "sdar", "a2d_qwen3", "llada2_moe"):
+        golden, shortest = _one_run(_golden(family))
+        others = [run for run in _golden(family).meta["runs"] if run["name"].endswith("_stop")]
+        for run in (shortest, *others):
+            for change in kinds(run):
+                changed = copy.deepcopy(dict(run))
+                change(changed)
+                other = Golden(golden.model, golden.tensors, {**golden.meta, "runs": [changed]})
+                assert "failed" in _outcomes(other).values(), (family, run["name"], changed)
+
+
+def test_a_small_change_of_a_small_number_is_noticed() -> None:
+    """Each number has its own tolerance; it was that of the largest number of its tensor."""
+    golden = _golden("llada")
+    changed = golden.tensors["plain_7.logits"].clone()
+    flat = changed.view(-1)
+    flat[int(flat.abs().argmin())] += 2e-4
+    tensors = {**golden.tensors, "plain_7.logits": changed}
+    other = Golden(golden.model, tensors, {**golden.meta, "runs": [], "likelihood": []})
+    assert _outcomes(other)["golden_logits"] == "failed"
+
+
+@pytest.mark.parametrize("family", NUMBERS)
+@pytest.mark.parametrize("named", [True, False])
+def test_numbers_without_a_checkpoint_are_verified(family: str, named: bool, tmp_path: Path, capsys: Any) -> None:
+    """Their folder is no model, and need not be named as one."""
+    folder = tmp_path / "numbers"
+    shutil.copytree(Path(GOLDEN or "", "families", family.removesuffix("_absorbing_text")), folder)
+    argv = ["verify", *([str(folder)] if named else []), "--golden", str(folder), "--out", str(tmp_path / "results")]
+    assert cli.main(argv) == 0
+    assert "golden_likelihoods" in capsys.readouterr().out
+    meta = json.loads((folder / "golden.json").read_text())
+    entry = meta["cases"][-1]
+    key = "loss" if "loss" in entry else "elbo"
+    entry[key] += 0.01
+    (folder / "golden.json").chmod(0o644)
+    (folder / "golden.json").write_text(json.dumps(meta))
+    assert cli.main(argv) == 5

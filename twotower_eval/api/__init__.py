@@ -159,9 +159,9 @@ def verify(
     """
     begin()
     asked = plan_of(VerifyPlan, plan, None, {**fields, "model": model})
-    asked = check_checkpoints(asked, check=check_settings)
     from twotower_eval.measure import verify as verify_room
 
+    asked = check_checkpoints(verify_room.without_model(asked), check=check_settings)
     return Run(verify_room.verify(asked, root=Path(out)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -56,19 +56,22 @@ class Golden:
         return sorted(k.removesuffix(end) for k in self.tensors if k.startswith(start) and k.endswith(end))
 
 
-def load_golden(folder: Path, model: Model, device: str, *, family: str | None = None) -> Golden:
+def family_of_numbers(folder: Path) -> str | None:
+    """The family of a folder that holds numbers alone, without a checkpoint that they would belong to; else None.
+    UserError for what is missing."""
+    meta = _described(folder)
+    return str(meta["family"]) if replays(meta) and not needs_model(meta) else None
+
+
+def load_golden(folder: Path, model: Model | None, device: str, *, family: str | None = None) -> Golden:
     """Read a folder. A checkpoint in it replaces ``model``, read by ``family`` where that is a user's own.
 
-    UserError for what is missing.
+    None stands for a model where the folder holds numbers alone. UserError for what is missing.
     """
-    for name in (TENSORS, DESCRIPTION):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
-    meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
-    if not isinstance(meta, dict) or not (replays(meta) or isinstance(meta.get("prompts"), dict)):
-        raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
+    meta, ports = _described(folder), list[object]()
     for port in sorted(folder.glob("*_port.json")):  # the same settings by another implementation
-        meta = {**meta, "ports": [*meta.get("ports", ()), parse_json(read_utf8(port), str(port), infinities=True)]}
+        ports.append(parse_json(read_utf8(port), str(port), infinities=True))
+    meta = {**meta, "ports": ports} if ports else meta
     brings_own = (folder / "config.json").is_file() and needs_model(meta)
     own_family = None if family in FAMILIES else family  # else its config.json says it
     own = load_model(folder, device=device, family=own_family) if brings_own else model
@@ -76,7 +79,17 @@ def load_golden(folder: Path, model: Model, device: str, *, family: str | None =
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS}: not a whole safetensors file ({error}); fetch it again") from error
-    return Golden(own, tensors, meta)
+    return Golden(cast(Model, own), tensors, meta)
+
+
+def _described(folder: Path) -> dict[str, object]:
+    for name in (TENSORS, DESCRIPTION):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
+    meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
+    if not isinstance(meta, dict) or not (replays(meta) or isinstance(meta.get("prompts"), dict)):
+        raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
+    return meta
 
 
 def golden_results(golden: Golden) -> Iterator[CheckResult]:

@@ -68,7 +68,8 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One entry replayed. ``value`` is the largest difference of numbers; ``exact`` is for tokens and counts.
+    """One entry replayed. ``value`` is the difference of numbers that is nearest to its ``limit``, ``largest`` the
+    largest one; ``exact`` is for tokens and counts.
 
     ``skipped`` says why an entry is not compared.
     """
@@ -77,6 +78,7 @@ class Compared:
     name: str
     value: float = 0.0
     limit: float = 0.0
+    largest: float = 0.0
     exact: bool = True
     skipped: str = ""
 
@@ -99,10 +101,15 @@ def likelihood(name: str, ours: float | Tensor, theirs: float | Tensor) -> Compa
 
 
 def _close(kind: Kind, name: str, ours: Tensor, theirs: Tensor) -> Compared:
-    ours, theirs = ours.double().cpu(), theirs.double()
-    apart = (ours - theirs).abs()
-    limit = ATOL + RTOL * float(theirs.abs().max())
-    return Compared(kind=kind, name=name, value=float(apart.max()), limit=limit)
+    """Every number within its own tolerance; shown is the one that is nearest to it."""
+    ours, theirs = ours.double().cpu().flatten(), theirs.double().flatten()
+    if not theirs.numel():
+        return Compared(kind=kind, name=name)
+    apart, allowed = (ours - theirs).abs(), ATOL + RTOL * theirs.abs()
+    at = int((apart / allowed).argmax())  # of NaN, if there is one
+    return Compared(
+        kind=kind, name=name, value=float(apart[at]), limit=float(allowed[at]), largest=float(apart.nan_to_num().max())
+    )
 
 
 class Recorded:
@@ -161,6 +168,13 @@ def tokens(name: str, ours: Sequence[int], theirs: Sequence[int], *, quirk: str 
 def counts(name: str, ours: object, theirs: object, *, quirk: str = "") -> Compared:
     """Calls, or the order of commits, exactly."""
     return Compared(kind="count", name=name, exact=ours == theirs, skipped=quirk)
+
+
+def numbers_of_calls(name: str, found: Mapping[str, int], given: Table, *, quirk: str = "") -> Compared:
+    """Calls by their kinds, exactly; kinds that are told here alone or there alone have nothing to be held to."""
+    both = found.keys() & given.keys()
+    ours, theirs = ({kind: numbers[kind] for kind in sorted(both)} for numbers in (found, given))
+    return counts(f"{name}: numbers of calls", ours, theirs, quirk=quirk)
 
 
 def quirk_of(run: Table) -> str:

@@ -17,10 +17,11 @@ from twotower_eval.measure.verify.replay import (
     commit_calls,
     counts,
     logits,
+    numbers_of_calls,
     quirk_of,
     tokens,
 )
-from twotower_eval.measure.verify.replay_blocks import calls_of, commit_calls_of_blocks, raw_logits
+from twotower_eval.measure.verify.replay_blocks import calls_of, canvas_of_blocks, commit_calls_of_blocks, raw_logits
 from twotower_eval.records import Prompt
 
 
@@ -88,8 +89,11 @@ def _canvas_run(model: A2DCanvas, run: Table) -> Iterator[Compared]:
     both = zip([one.token_ids for one in made], wanted, strict=True)
     for index, (found, theirs) in enumerate(both):
         yield tokens(f"{run['name']}/{index}", found, theirs, quirk=quirk)
-    calls = {one.num_denoiser_forwards for one in made}
-    yield counts(f"{run['name']}: calls", calls, {run["nfe"]["model_calls"]}, quirk=quirk)
+    known = [final[: len(row)] for row, final in zip(prompts, finals, strict=True)]
+    yield counts(f"{run['name']}: prompts", [list(row) for row in prompts], known, quirk=quirk)
+    calls = max(one.num_denoiser_forwards for one in made)
+    yield counts(f"{run['name']}: calls", "F" * calls, "".join(run["calls"]), quirk=quirk)
+    yield numbers_of_calls(run["name"], {"model_calls": calls, "F": calls}, run["nfe"], quirk=quirk)
     if run["commit_step"] is not None:
         order = [0] * len(prompts[0]) + commit_calls(made[0], length)
         yield counts(f"{run['name']}: order of commits", order, run["commit_step"], quirk=quirk)
@@ -108,9 +112,14 @@ def _block_run(model: A2DBlocks, reference: Reference, run: Table) -> Iterator[C
     num_pads = -len(prompt) % size
     final = run["final"][num_pads + len(prompt) :]
     wanted = final[: final.index(args["eos"])] if args["eos"] in final else final
-    yield tokens(run["name"], made.token_ids, wanted, quirk=quirk)
+    given = [reference.meta["pad_id"]] * num_pads + prompt
+    canvas = canvas_of_blocks(made, given, size, len(run["final"]), model.mask_token_id)
+    yield tokens(run["name"], [*canvas, *made.token_ids], [*run["final"], *wanted], quirk=quirk)
     # The original reads everything so far anew before every block; here a finished block is read behind the rest.
     calls = "P" + calls_of(made, [], size)
-    yield counts(f"{run['name']}: calls", calls.replace("S", "P"), run["calls"], quirk=quirk)
+    calls = calls.replace("S", "P")
+    yield counts(f"{run['name']}: calls", calls, run["calls"], quirk=quirk)
+    found = {"model_calls": len(calls), "P": calls.count("P"), "D": calls.count("D")}
+    yield numbers_of_calls(run["name"], found, run["nfe"], quirk=quirk)
     order = [0] * num_pads + commit_calls_of_blocks(made, [0] * (num_pads + len(prompt)), size, calls)[num_pads:]
     yield counts(f"{run['name']}: order of commits", order, run["commit_step"][: len(order)], quirk=quirk)

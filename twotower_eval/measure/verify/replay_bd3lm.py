@@ -80,7 +80,8 @@ def _run(model: BD3LM, reference: Reference, run: Table) -> Iterator[Compared]:
     changed = {(step.block, step.step) for one in made for step in one.trace or () if step.positions}
     # The original also reads the last block into its cache, which nothing uses.
     stores = made[0].num_context_forwards + 1 if is_cached else 0
-    found = {"denoise_calls": len(seen), "reported_nfe": len(changed), "cache_store_calls": stores}
+    found = {"steps_recorded": len(reference.tensor(f"sample.{name}.trajectory")), "seqlen": final_BS.shape[1]}
+    found |= {"denoise_calls": len(seen), "reported_nfe": len(changed), "cache_store_calls": stores}
     for what, ours in found.items():
         yield counts(f"{name}: {what}", ours, run[what], quirk=quirk)
     path = reference.tensor(f"sample.{name}.trajectory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import cast
 
@@ -28,10 +29,11 @@ from twotower_eval.measure.verify.replay import (
     counts,
     likelihood,
     logits,
+    numbers_of_calls,
     quirk_of,
     tokens,
 )
-from twotower_eval.records import Prompt
+from twotower_eval.records import Generation, Prompt
 
 
 def llada(model: Model, reference: Reference) -> Iterator[Compared]:
@@ -88,11 +90,17 @@ def _run(model: LLaDA, run: Table) -> Iterator[Compared]:
     length = args["gen_length"]
     made = decoder.generate([Prompt(id=run["name"], token_ids=prompt, trace=True)], max_new_tokens=length)[0]
     quirk = quirk_of(run)
-    yield tokens(run["name"], made.token_ids, run["final"][len(prompt) :], quirk=quirk)
+    yield tokens(run["name"], [*prompt, *made.token_ids], run["final"], quirk=quirk)
     order = [0] * len(prompt) + commit_calls(made, length)
     yield counts(f"{run['name']}: order of commits", order, run["commit_step"], quirk=quirk)
-    rows = run["nfe"]["model_calls"] * run["nfe"].get("batch_per_call", 1)
-    yield counts(f"{run['name']}: calls", made.num_denoiser_forwards, rows, quirk=quirk)
+    yield from _calls(run, made, rows_per_call=2 if args.get("cfg_scale") else 1)
+
+
+def _calls(run: Table, made: Generation, *, rows_per_call: int = 1) -> Iterator[Compared]:
+    """All calls read the whole canvas."""
+    num = made.num_denoiser_forwards // rows_per_call
+    found = {"model_calls": num, "full_canvas_calls": num, "cache_calls": 0, "batch_per_call": rows_per_call}
+    yield numbers_of_calls(run["name"], found, run["nfe"], quirk=quirk_of(run))
 
 
 def dream(model: Model, reference: Reference) -> Iterator[Compared]:
@@ -128,7 +136,12 @@ def _dream_run(model: Dream, reference: Reference, run: Table) -> Iterator[Compa
         cast(DreamDecoder, decoder).make_noise = lambda prompts: Recorded(draws)
     made = decoder.generate([Prompt(id=run["name"], token_ids=tuple(prompt), trace=True)], max_new_tokens=length)[0]
     quirk = quirk_of(run)
-    yield tokens(run["name"], made.token_ids, run["final"][-length:], quirk=quirk)
+    hidden = run["prompt"][: len(run["prompt"]) - len(prompt)]
+    yield tokens(run["name"], [*hidden, *prompt, *made.token_ids], run["final"], quirk=quirk)
     order = [0] * len(prompt) + commit_calls(made, length)
     yield counts(f"{run['name']}: order of commits", order, run["commit_step"][-len(order) :], quirk=quirk)
-    yield counts(f"{run['name']}: calls", made.num_denoiser_forwards, run["nfe"]["model_calls"], quirk=quirk)
+    yield from _calls(run, made)
+    if "masks_left_before_call" in run:
+        committed = [0, *itertools.accumulate(len(step.positions) for step in made.trace or ())]
+        left = [length - num for num in committed[:-1]]
+        yield counts(f"{run['name']}: masks left", left, run["masks_left_before_call"], quirk=quirk)

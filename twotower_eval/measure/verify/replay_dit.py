@@ -24,6 +24,7 @@ from twotower_eval.measure.verify.replay import (
     counts,
     likelihood,
     logits,
+    numbers_of_calls,
     quirk_of,
     tokens,
 )
@@ -142,7 +143,9 @@ def _mdlm_run(model: MDLM, reference: Reference, run: Table) -> Iterator[Compare
     finals = final.view(num_rows, -1).tolist()
     for index, (one, theirs) in enumerate(zip(made, finals, strict=True)):
         yield tokens(f"{name}/{index}", one.token_ids, theirs, quirk=quirk)
-    yield counts(f"{name}: calls", len(seen), run["backbone_calls_total"], quirk=quirk)
+    numbers = {"backbone_calls_total": len(seen), "batch": num_rows, "length": final.shape[-1]}
+    numbers |= _of_strides(made) if stride else _of_steps(made, num_steps, final.shape[-1], len(seen))
+    yield numbers_of_calls(name, numbers, run, quirk=quirk)
     yield counts(f"{name}: draws left over", noise.left, 0, quirk=quirk)
     for index, one in enumerate(made):
         if stride:
@@ -150,6 +153,25 @@ def _mdlm_run(model: MDLM, reference: Reference, run: Table) -> Iterator[Compare
         else:
             ours = trajectory(one, path.shape[-1], model.mask_token_id, len(path))
         yield counts(f"{name}/{index}: order of commits", ours.tolist(), path[:, index].tolist(), quirk=quirk)
+
+
+def _of_steps(made: Sequence[Generation], num_steps: int, length: int, num_calls: int) -> dict[str, int]:
+    """Steps and calls of a run of one canvas, whose last call leaves no mask."""
+    planned = [[step for step in one.trace or () if step.step < num_steps] for one in made]
+    changed = {step.step for steps in planned for step in steps if step.positions}
+    filled = sum(len(step.positions) for steps in planned for step in steps)
+    return {
+        "of_which_noise_removal": 1,
+        "saved_calls": num_steps + 1 - num_calls,
+        "unchanged_steps": num_steps - len(changed),
+        "masked_left_before_noise_removal": len(made) * length - filled,
+    }
+
+
+def _of_strides(made: Sequence[Generation]) -> dict[str, int]:
+    """Strides behind the first canvas, and steps that changed anything."""
+    changed = {(step.block, step.step) for one in made for step in one.trace or () if step.positions}
+    return {"num_strides": max(block for block, _ in changed), "reported_sampling_steps": len(changed)}
 
 
 def _of_windows(made: Generation, length: int, stride: int, num_steps: int, mask_id: int) -> Tensor:

@@ -21,6 +21,7 @@ from twotower_eval.measure.verify.replay import (
     counts,
     likelihood,
     logits,
+    numbers_of_calls,
     quirk_of,
     tokens,
 )
@@ -142,6 +143,9 @@ def _v2_run(model: FastDLLMv2, run: Table) -> Iterator[Compared]:
         yield counts(f"{run['name']}: calls", _calls_of_batch(made, args), run["nfe"]["model_calls"], quirk=quirk)
         return
     yield counts(f"{run['name']}: calls", noted.calls, "".join(run["calls"]), quirk=quirk)
+    kinds = {"prefill_calls": "P", "full_block_denoise_calls": "D", "sub_block_denoise_calls": "d", "store_calls": "S"}
+    found = {kind: noted.calls.count(letter) for kind, letter in kinds.items()} | {"model_calls": len(noted.calls)}
+    yield numbers_of_calls(run["name"], found, run["nfe"], quirk=quirk)
     order = _order(made[0], prompts[0], args["block_size"], noted.calls)
     yield counts(f"{run['name']}: order of commits", order, run["commit_step"], quirk=quirk)
 

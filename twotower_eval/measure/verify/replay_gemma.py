@@ -55,7 +55,7 @@ def _forwards(model: DiffusionGemma, reference: Reference, name: str) -> Iterato
     first_BKV = model.denoise(canvas_BK, context)
     yield logits(f"{name}.logits", first_BKV, reference.tensor(f"{name}.logits"))
     if f"{name}.logits_self_conditioned" in held:
-        again_BKV = model.denoise_after(canvas_BK, context, list(first_BKV))
+        again_BKV = model.denoise_after(canvas_BK, context, list(reference.tensor(f"{name}.logits")))
         theirs = reference.tensor(f"{name}.logits_self_conditioned")
         yield logits(f"{name}.logits_self_conditioned", again_BKV, theirs)
     if f"{name}.logits_next_canvas" in held:

@@ -11,7 +11,16 @@ from torch import Tensor
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.llada2_moe import Layer, Layers, LLaDA2, Router
 from twotower_eval.engine.models.protocol import Model, as_masked
-from twotower_eval.measure.verify.replay import Compared, Reference, Table, counts, logits, quirk_of, tokens
+from twotower_eval.measure.verify.replay import (
+    Compared,
+    Reference,
+    Table,
+    counts,
+    logits,
+    numbers_of_calls,
+    quirk_of,
+    tokens,
+)
 from twotower_eval.measure.verify.replay_blocks import raw_logits
 from twotower_eval.records import Prompt
 
@@ -77,12 +86,13 @@ def _run(model: LLaDA2, run: Table) -> Iterator[Compared]:
     yield tokens(run["name"], *both, quirk=quirk)
     first = len(prompt) - len(prompt) % size
     windows = [first + (step.block + 1) * size for step in made.trace or ()]
-    yield counts(f"{run['name']}: steps", made.num_denoiser_forwards, run["nfe"]["model_calls"], quirk=quirk)
+    found = dict.fromkeys(("model_calls", "window_calls_without_cache"), made.num_denoiser_forwards)
+    yield numbers_of_calls(run["name"], found, run["nfe"], quirk=quirk)
     yield counts(f"{run['name']}: windows", windows, run["window_lengths"], quirk=quirk)
-    found = {
+    committed = {
         first + step.block * size + position: call
         for call, step in enumerate(made.trace or (), 1)
         for position in step.positions
     }
-    order = [0] * len(prompt) + [found.get(position) for position in range(len(prompt), len(run["final"]))]
+    order = [0] * len(prompt) + [committed.get(position) for position in range(len(prompt), len(run["final"]))]
     yield counts(f"{run['name']}: order of commits", order, run["commit_step"], quirk=quirk)

@@ -80,5 +80,7 @@ def _result(name: str, entries: Sequence[Compared]) -> CheckResult:
         compared, key=lambda entry: entry.value / (entry.limit or 1) if entry.value == entry.value else float("inf")
     )
     what = plural(len(compared), "forward" if name == "golden_logits" else "value")
-    detail = f"{what}, the largest difference in {worst.name}{first}{left_out}"
+    furthest = max(compared, key=lambda entry: entry.largest)
+    largest = f"the largest difference {furthest.largest:.3g} in {furthest.name}"
+    detail = f"{what}, {largest}, the nearest to its limit in {worst.name}{first}{left_out}"
     return pass_or_fail(name, not wrong, detail, value=worst.value, limit=worst.limit)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from twotower_eval import store
+from twotower_eval.engine.decoders import decoder_spec
+from twotower_eval.engine.models.identity import file_digest
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.tokenizer import naming, prompt_ids
 from twotower_eval.engine.ops import kernels
@@ -31,13 +33,21 @@ from twotower_eval.measure.verify.checks import (
     proved,
     seeded_scan,
 )
+from twotower_eval.measure.verify.golden import (
+    DESCRIPTION,
+    TENSORS,
+    Golden,
+    family_of_numbers,
+    golden_results,
+    load_golden,
+)
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
-from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
 from twotower_eval.plan import VerifyPlan
 from twotower_eval.plan_sources import model_source
 from twotower_eval.records import (
     Cell,
     Check,
+    Checkpoint,
     Chosen,
     Prompt,
     RunManifest,
@@ -51,6 +61,7 @@ from twotower_eval.records import (
 from twotower_eval.resources import data_path
 from twotower_eval.store.environment import new_manifest, package_versions
 
+FILES = (DESCRIPTION, TENSORS)  # of reference outputs
 KERNELS = ("mamba-ssm", "causal-conv1d")
 PROMPTS_OF = ("miniature_arithmetic", "miniature_recall", "miniature_sort", "miniature_program")
 PROMPTS_PER_TASK = 2
@@ -65,6 +76,9 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
 
+    plan = without_model(plan)
+    if plan.golden is not None and plan.model is None and (family := family_of_numbers(Path(plan.golden))) is not None:
+        return _verify_numbers(plan, family, root)
     plan, chosen = without_auto(plan)
     with torch.inference_mode(), family_calls((model_source(plan), plan.family)):
         model = load_model(model_source(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
@@ -79,6 +93,31 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
             for result in (*map(proved, ways), *_results(plan, model, prompts, golden)):
                 writer.append(Check(cell=cell.id, **dataclasses.asdict(result)))
             writer.finish()
+    return writer.path
+
+
+def without_model(plan: VerifyPlan) -> VerifyPlan:
+    """The plan without its model where that is a folder of reference outputs that has no checkpoint."""
+    if plan.golden is None or plan.model is None or Path(plan.model).resolve() != Path(plan.golden).resolve():
+        return plan
+    return plan if family_of_numbers(Path(plan.golden)) is None else dataclasses.replace(plan, model=None)
+
+
+def _verify_numbers(plan: VerifyPlan, family: str, root: Path) -> Path:
+    """Replay a folder that has no checkpoint: nothing else is checked."""
+    folder = Path(str(plan.golden))
+    golden = load_golden(folder, None, "cpu")
+    plan = dataclasses.replace(plan, dtype="float32", devices=("cpu",))
+    digest = sha256_text(canonical_json([file_digest(folder / name).sha256 for name in FILES]))
+    checkpoint = Checkpoint(
+        name=folder.resolve().name, family=family, source=str(folder), digest=digest, dtype="float32", devices=("cpu",)
+    )
+    workload = Workload(kind="checks", name="checks", digest=digest, num_devices=1)
+    cell = make_cell("candidate", checkpoint, decoder_spec("autoregressive"), workload)
+    with store.create(root, _manifest(plan, cell, (), ())) as writer:
+        for result in golden_results(golden):
+            writer.append(Check(cell=cell.id, **dataclasses.asdict(result)))
+        writer.finish()
     return writer.path
 
 
@@ -152,8 +191,6 @@ def _kernels(plan: VerifyPlan) -> CheckResult:
 
 
 def _cell(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Cell:
-    from twotower_eval.engine.decoders import decoder_spec
-
     spec = decoder_spec("block_diffusion" if model.has_denoiser else "autoregressive")
     asked = canonical_json([list(prompt.token_ids) for prompt in prompts])
     workload = Workload(kind="checks", name="checks", digest=sha256_text(asked), num_devices=len(plan.devices))
