@@ -16,7 +16,7 @@ from twotower_eval.resources import data_path
 PAGE = "your-model.md"
 # The other sections are run by tests of their own.
 RUN_HERE = ["Names", "Devices, dtypes and quantised models", "Two models of your own"]
-HEADINGS = [*RUN_HERE, "Chat models", "Tasks", "Results that other tools read"]
+HEADINGS = [*RUN_HERE, "Chat models", "Tasks", "Results that other tools read", "lm_eval's options, and ours"]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,32 @@ def test_python_takes_the_same_names(here: Path, cache: Path) -> None:
     by_path = tt.load_model(home).checkpoint
     assert (by_path.name, by_path.revision) == ("example/llama", ref(cache, "main"))
     assert by_path.identity == tt.load_model("example/llama").checkpoint.identity
+
+
+def test_every_option_of_lm_eval_has_a_row_and_each_of_ours_exists() -> None:
+    import argparse
+    from typing import Any
+
+    import typer
+    from lm_eval._cli.run import Run
+
+    theirs: Any = Run.create(argparse.ArgumentParser().add_subparsers())
+    options = {name for one in theirs._parser._actions for name in one.option_strings if name.startswith("--")}
+    section = (DOCS / PAGE).read_text(encoding="utf-8").split("## lm_eval's options, and ours")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `--")]
+    assert {name for row in rows for name in re.findall(r"--\w+", row[0])} == options - {"--help"}
+
+    found: Any = typer.main.get_command(cli.app)
+    ours = {name for one in found.commands["run"].params for name in (*one.opts, *one.secondary_opts)}
+    named = {name for row in rows for name in re.findall(r"`(--[\w-]+)", row[1])}
+    assert named <= ours
+    without = {name for row in rows if row[1].strip() == "–" for name in re.findall(r"--\w+", row[0])}
+    hinted = {name for name in options if cli.options.hint_of(name)}
+    assert (
+        without - {"--samples"} <= hinted <= without | {"--model_args", "--config", "--use_cache", "--max_batch_size"}
+    )
+    for name in options - hinted - {"--help"}:  # these are taken as they are written there
+        assert cli.options.dashes(name) in ours
 
 
 def test_the_sections_are_in_order() -> None:
