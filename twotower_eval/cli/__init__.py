@@ -41,8 +41,8 @@ for _name in IMPORT_NOISE:  # here, not in main: a process that a verb starts on
     logging.getLogger(_name).addFilter(_WithoutNoise())
 
 app = typer.Typer(
-    help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower and diffusion "
-    "models, any Hugging Face causal LM, and models behind OpenAI-compatible servers.",
+    help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower and "
+    "diffusion models, any Hugging Face causal LM, and models behind OpenAI-compatible servers.",
     epilog=f"Errors are one line; set {TRACEBACK_VARIABLE}=1 for the whole traceback.",
     add_completion=False,
     rich_markup_mode=None,  # rich would cost a third of the help's time
