@@ -10,6 +10,7 @@ from test_report_alone import scored
 
 import twotower_eval as tt
 from twotower_eval import store
+from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.analyse.report.text import rate, retention, significant, times
 from twotower_eval.api.summary import Table
 from twotower_eval.cli import main
@@ -37,6 +38,8 @@ def test_the_tables_hold_what_the_comparison_holds(both: tuple[Path, Path]) -> N
     assert point.quality is not None
     assert point.speed is not None
     quality = by_title(compared.tables, "Quality at block 16")
+    names = [checkpoint_name(cell.checkpoint) for cell in (point.quality.candidate, point.quality.baseline)]
+    assert f": {' against '.join(names)} (" in quality.title
     assert quality.header == ("task", "n", "baseline", "candidate", "retention [95 %]")
     assert [row[0] for row in quality.rows] == ["arithmetic", "choice", "mean of 2 tasks"]
     for task, row in zip(point.quality.tasks, quality.rows, strict=False):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twotower_eval.analyse.compare.figures import Measured
-from twotower_eval.analyse.compare.points import QualityPoint
+from twotower_eval.analyse.compare.points import QualityPoint, checkpoint_name
 from twotower_eval.analyse.compare.runs import Runs, TimedAlone
 from twotower_eval.analyse.compare.several import baseline_name, strongest
 from twotower_eval.analyse.compare.timing import SpeedPoint
@@ -51,9 +51,10 @@ def _by_task(runs: Runs) -> Iterator[Table]:
     shown = [row for row in rows if row["level"] == TASK]
     average = [row for row in rows if row["level"] == AVERAGE and row["task"] == HEADLINE and row["num_tasks"] > 1]
     outputs = f"timed answers, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks"
-    against = f" against {runs.baseline}" if runs.baselines else ""
+    baseline = runs.baseline if runs.baselines else checkpoint_name(point.baseline.checkpoint)
+    compared = f"{checkpoint_name(point.candidate.checkpoint)} against {baseline}"
     yield Table(
-        title=f"Quality at {runs.name(point.candidate)}{against} ({outputs})",
+        title=f"Quality at {runs.name(point.candidate)}: {compared} ({outputs})",
         header=("task", "n", "baseline", "candidate", "retention [95 %]"),
         rows=tuple(_task_row(row) for row in (*shown, *average)),
     )
