@@ -13,9 +13,12 @@ from test_registered import install, site
 from test_task_sources import write_task
 
 from twotower_eval import cli
+from twotower_eval.analyse.compare.points import long_name
+from twotower_eval.api import listing
 from twotower_eval.api.listing import Listed, listed, parameters
-from twotower_eval.engine.decoders import DECODERS, decoder_class
+from twotower_eval.engine.decoders import DECODERS, decoder_class, decoder_spec
 from twotower_eval.engine.models import FAMILIES
+from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks, suite_names
 
 __all__ = ["site"]  # a fixture
@@ -45,6 +48,55 @@ def test_decoders_show_their_own_parameters_and_defaults() -> None:
         assert found[name].facts["parameters"] == own
 
 
+def test_each_shipped_decoder_and_family_has_a_sentence(capsys: Any) -> None:
+    assert set(listing.DECODER_SENTENCES) == set(DECODERS)
+    assert set(listing.FAMILY_SENTENCES) == set(FAMILIES)
+    for kind in ("decoders", "families"):
+        for one in listed(kind):
+            assert one.source != "shipped" or str(one.facts["description"]).endswith(".")
+    assert cli.main(["list", "decoders", "sdar"]) == 0
+    assert "block after block behind an exact cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(set(DECODERS) - {"endpoint", "reference"}))
+def test_what_differs_from_a_decoders_defaults_is_named_in_its_point(name: str) -> None:
+    """Ways of published samplers that change answers are off unless asked for, and then named."""
+    fields = dataclasses.fields(decoder_class(name).Params)
+    switches = [field for field in fields if isinstance(field.default, bool) and field.name != "trace"]
+    if not switches:
+        pytest.skip("it has no switches")
+    usual = decoder_spec(name)
+    for field in switches:
+        changed = dataclasses.replace(usual, params={**usual.params, field.name: not field.default})
+        assert long_name(changed) != long_name(usual)
+        assert (f"{field.name.replace('_', ' ')} true" in long_name(changed)) == (not field.default)
+    off = {"commit_mask", "extra_step", "eos_of_prompt", "drop_crossing", "zero_at_end", "whole_batch", "half"}
+    off |= {"all_steps", "drawn_times", "lost_cache"}
+    assert not any(field.default for field in switches if field.name in off)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("sdar", {"top_p": 2.0}),
+        ("sdar", {"top_p": 0.0}),
+        ("sdar", {"threshold": -0.5}),
+        ("dream", {"eps": 7.0}),
+        ("dream", {"eps": 0.0}),
+        ("dream", {"top_p": 1.5}),
+        ("low_confidence", {"threshold": 0.5, "factor": 1.0}),
+        ("fast_dllm_v1", {"cache": "dual", "cfg_scale": 1.0}),
+        ("ancestral", {"eps": 1.0}),
+        ("radd", {"top_p": 0.5, "top_k": 3}),
+        ("llada2", {"eos_of_prompt": True}),
+    ],
+)
+def test_a_decoders_wrong_parameters_are_one_line(kind: str, params: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(params))) as raised:
+        decoder_spec(kind, **params)
+    assert "\n" not in str(raised.value)
+
+
 def test_parameters_of_a_plug_in_are_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plug").mkdir()
     (tmp_path / "plug" / "__init__.py").write_text("raise RuntimeError('imported')\n")
@@ -68,9 +120,9 @@ def test_what_installed_packages_register_is_listed(site: Path) -> None:
         site, "extra", f"[twotower_eval.decoders]\nmocked = {place}\n[twotower_eval.families]\nown = pkg.mod:load\n"
     )
     assert by_name(listed("decoders"))["mocked"] == Listed(
-        name="mocked", source="installed package", facts={"parameters": {"temperature": 0.0}}
+        name="mocked", source="installed package", facts={"parameters": {"temperature": 0.0}, "description": ""}
     )
-    assert by_name(listed("families"))["own"].facts == {"place": "pkg.mod:load"}
+    assert by_name(listed("families"))["own"].facts == {"place": "pkg.mod:load", "description": ""}
 
 
 @pytest.mark.parametrize("what", ["suites", "decoders", "families", "claims", "sections"])

@@ -6,6 +6,7 @@ Nothing here loads torch: a decoder's parameters are read off its source.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,44 @@ if TYPE_CHECKING:
 
 What = Literal["tasks", "suites", "decoders", "families", "claims", "sections"]
 SHIPPED = "shipped"
+# What each shipped name stands for. Nothing is loaded to list it.
+DECODER_SENTENCES = {
+    "autoregressive": "One token at a time, by a causal model: the baseline.",
+    "prompt_lookup": "Speculative: drafts are looked up in prompt and answer, and verified in one pass.",
+    "draft": "Speculative: a smaller model of the same tokenizer drafts, one pass verifies.",
+    "mock_ar": "The denoiser of a two-tower model, used one token at a time.",
+    "block_diffusion": "Two-tower block diffusion with confidence unmasking.",
+    "ancestral": "MDLM's samplers: ancestral, with kept predictions, or analytic.",
+    "low_confidence": "LLaDA's sampler: the most confident masks first, by quota, threshold or factor.",
+    "dream": "Dream's sampler: a schedule in time, confidence by probability, margin or entropy.",
+    "bd3lm": "BD3-LM's sampler: block after block, first hitting or through time.",
+    "e2d2": "E2D2's samplers: block after block, masked again by confidence or drawn through time.",
+    "entropy_bound": "DiffusionGemma's sampler: what is certain enough stays, the rest is renoised.",
+    "radd": "RADD's samplers: Tweedie, Euler, or one mask after the other.",
+    "sdar": "SDAR's sampler: block after block behind an exact cache, static, dynamic or sequential.",
+    "llada2": "LLaDA2's sampler: block after block, by threshold or quota.",
+    "fast_dllm_v1": "Fast-dLLM v1: LLaDA's sampler with approximate prefix or dual caches.",
+    "fast_dllm_v2": "Fast-dLLM v2: blocks behind a cache, each in sub-blocks.",
+    "reference": "Slow and simple, everything recomputed: to check the others.",
+    "endpoint": "Whatever decodes behind a server.",
+}
+FAMILY_SENTENCES = {
+    "a2d_bd3lm": "A Qwen3 made a diffusion model, tokens seeing their block and earlier ones.",
+    "a2d_mdlm": "A Qwen3 made a diffusion model, all tokens seeing each other.",
+    "bd3lm": "BD3-LM: a diffusion transformer over blocks, behind a cache.",
+    "diffusion_gemma": "DiffusionGemma, by transformers' own class.",
+    "dream": "Dream: a Qwen2 whose tokens all see each other.",
+    "e2d2": "E2D2: an encoder of clean tokens and a decoder of noisy ones.",
+    "fast_dllm_v2": "Fast-dLLM v2: a Qwen2 over blocks, behind a cache.",
+    "llada": "LLaDA: a Llama whose tokens all see each other.",
+    "llada2_moe": "LLaDA2: a mixture of experts over blocks, behind a cache.",
+    "mdlm": "MDLM: a diffusion transformer that reads the whole canvas.",
+    "nemotron_h": "Two-tower models on Nemotron-H, and its towers alone.",
+    "openai": "A model behind an OpenAI-compatible server.",
+    "radd": "RADD: a diffusion transformer that is told no time.",
+    "sdar": "SDAR: a Qwen3 over blocks, behind a cache.",
+    "transformers": "Any causal language model of Hugging Face.",
+}
 INDEX_NOTE = "reading lm-eval's index of tasks, which takes some 10 seconds …"
 
 
@@ -104,14 +143,18 @@ def _sections() -> Iterator[Listed]:
 def _families() -> Iterator[Listed]:
     from twotower_eval.engine.models import SEAM
 
-    yield from _places(SEAM.shipped, SEAM.registered())
+    for one in _places(SEAM.shipped, SEAM.registered()):
+        own = FAMILY_SENTENCES.get(one.name, "") if one.source == SHIPPED else ""
+        yield dataclasses.replace(one, facts={**one.facts, "description": own})
 
 
 def _decoders() -> Iterator[Listed]:
     shipped = _assigned(_source("twotower_eval.engine.decoders"), "DECODERS")
     others = registered("decoder")
     for one in _places({str(name): str(place) for name, place in shipped.items()}, others):
-        yield Listed(name=one.name, source=one.source, facts={"parameters": parameters(str(one.facts["place"]))})
+        own = DECODER_SENTENCES.get(one.name, "") if one.source == SHIPPED else ""
+        facts = {"parameters": parameters(str(one.facts["place"])), "description": own}
+        yield Listed(name=one.name, source=one.source, facts=facts)
 
 
 def _places(shipped: Mapping[str, str], others: Mapping[str, str]) -> Iterator[Listed]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import Call
-from twotower_eval.engine.decoders.rows import Noise, check_counts
+from twotower_eval.engine.decoders.rows import Noise, check_counts, check_top_p
 from twotower_eval.engine.decoders.sampled import Draft, SampledDecoder, race, without_mask
 from twotower_eval.errors import UserError
 
@@ -34,8 +34,7 @@ class Params:
 
     def __post_init__(self) -> None:
         check_counts(self, "steps")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie above 0 and not above 1, not {self.top_p!r}")
+        check_top_p(self.top_p)
 
 
 class BD3LM(SampledDecoder[Params]):

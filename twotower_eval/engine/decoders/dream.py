@@ -15,7 +15,7 @@ from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.canvas import Canvas, CanvasDecoder, Predicted, Shape
 from twotower_eval.engine.decoders.commits import most_confident
 from twotower_eval.engine.decoders.limits import within_top_k, within_top_p
-from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature
+from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature, check_top_p
 from twotower_eval.errors import UserError
 
 MEASURES = ("maskgit_plus", "topk_margin", "entropy", "origin")
@@ -41,11 +41,12 @@ class Params:
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         check_counts(self, "steps", "top_k")
-        check_not_negative(self, "eps", "cfg_scale")
+        check_not_negative(self, "cfg_scale")
+        if not 0 < self.eps < 1:
+            raise UserError(f"eps must lie between 0 and 1, not {self.eps!r}")
         if self.alg not in MEASURES:
             raise UserError(f"alg must be one of {', '.join(MEASURES)}, not {self.alg!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie above 0 and not above 1, not {self.top_p!r}")
+        check_top_p(self.top_p)
 
     @property
     def sampled(self) -> bool:

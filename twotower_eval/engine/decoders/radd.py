@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.limits import within_top_p
-from twotower_eval.engine.decoders.rows import Noise, check_counts
+from twotower_eval.engine.decoders.rows import Noise, check_counts, check_top_p
 from twotower_eval.engine.decoders.sampled import Draft, SampledDecoder, race
 from twotower_eval.engine.schedules import LogLinear
 from twotower_eval.errors import UserError
@@ -46,8 +46,7 @@ class Params:
             raise UserError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         if not 0 < self.eps < 1:
             raise UserError(f"eps must lie between 0 and 1, not {self.eps!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie above 0 and not above 1, not {self.top_p!r}")
+        check_top_p(self.top_p)
         if self.top_p is not None and self.top_k is not None:
             raise UserError("top_p and top_k are two ways to cut a distribution: give one of them")
 

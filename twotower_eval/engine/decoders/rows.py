@@ -205,6 +205,12 @@ def check_not_negative(params: object, *names: str) -> None:
             raise UserError(f"{name} must be a number of at least 0, not {value!r}")
 
 
+def check_top_p(top_p: float | None) -> None:
+    """UserError unless it is None or a share above 0 and not above 1."""
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p must lie above 0 and not above 1, not {top_p!r}")
+
+
 def on_host(tokens: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens and confidence on the host, with a single wait: the only one of a denoiser step."""
     if tokens.device.type == "cpu":

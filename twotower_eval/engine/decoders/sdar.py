@@ -15,7 +15,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted
 from twotower_eval.engine.decoders.commits import even_quotas, most_confident, scheduled_quotas, threshold_or_quota
 from twotower_eval.engine.decoders.limits import within_top_k, within_top_p
-from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature
+from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature, check_top_p
 from twotower_eval.errors import UserError
 
 STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")
@@ -45,7 +45,8 @@ class Params:
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         check_counts(self, "block_size", "steps", "top_k")
-        check_not_negative(self, "threshold", "top_p")
+        check_not_negative(self, "threshold")
+        check_top_p(self.top_p)
         if self.quotas not in ("even", "scheduled"):
             raise UserError(f"quotas must be even or scheduled, not {self.quotas!r}")
         if self.strategy not in STRATEGIES:
