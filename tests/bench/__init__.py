@@ -21,6 +21,7 @@ BENCHES = {
     "engine": "bench.engine:run",
     "batching": "bench.batching:run",
     "drafts": "bench.drafts:run",
+    "families": "bench.families:run",
     "scoring": "bench.scoring:run",
     "generation": "bench.generation:run",
     "opening": "bench.opening:run",

@@ -43,13 +43,20 @@ class Past:
         return cls((empty,) * config.num_hidden_layers, (empty,) * config.num_hidden_layers)
 
     @property
+    def num_rows(self) -> int:
+        """Rows."""
+        return self.keys[0].shape[0]
+
+    @property
     def num_columns(self) -> int:
         """Key columns, padding included."""
         return self.keys[0].shape[2]
 
     def select(self, rows: Sequence[int]) -> Self:
-        """Some rows, in that order."""
+        """Some rows, in that order; all of them as they stand without a copy."""
         chosen = list(rows)
+        if chosen == list(range(self.num_rows)):
+            return self
         return type(self)(tuple(k[chosen] for k in self.keys), tuple(v[chosen] for v in self.values))
 
     def first(self, num: int) -> Self:
@@ -97,29 +104,57 @@ class Backbone(nn.Module):
         ``visible_BST`` says which key columns a token sees; a token that sees none is padding, and gets to see its own.
         """
         hidden_BSH, kept = self.states(ids_BS, positions_BS, visible_BST, past)
+        return self._head(hidden_BSH, places_BM), kept
+
+    def logits(
+        self, ids_BS: Tensor, positions_BS: Tensor, visible_BSS: Tensor, *, places_BM: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`read` of whole rows, without keys and values."""
+        return self._head(self._layers(ids_BS, positions_BS, visible_BSS, None), places_BM)
+
+    def _head(self, hidden_BSH: Tensor, places_BM: Tensor | None) -> Tensor:
         if places_BM is not None:
-            rows_B1 = torch.arange(len(ids_BS), device=self.device)[:, None]
-            hidden_BSH = hidden_BSH[rows_B1, places_BM.to(self.device)]
-        return self.inner.get_output_embeddings()(hidden_BSH).float(), kept
+            rows_B1 = torch.arange(len(hidden_BSH), device=hidden_BSH.device)[:, None]
+            hidden_BSH = hidden_BSH[rows_B1, places_BM.to(hidden_BSH.device)]
+        logits: Tensor = self.inner.get_output_embeddings()(hidden_BSH)
+        return logits.float()
 
-    def states(
-        self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, past: Past | None = None
-    ) -> tuple[Tensor, Past]:
-        """As :meth:`read`, but what the head would read (B, S, H): the last layer's output after the final norm."""
-        from transformers import DynamicCache
-
-        held = None if past is None else list(zip(past.keys, past.values, strict=True))
-        cache: Any = DynamicCache(ddp_cache_data=held)
+    def _layers(self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, cache: Any) -> Tensor:
         device = self.device
+        if len(positions_BS) > 1 and bool((positions_BS == positions_BS[:1]).all()):
+            positions_BS = positions_BS[:1]  # the same in all rows: their angles are computed once
         output: Any = self.inner.model(
             input_ids=ids_BS.to(device),
             position_ids=positions_BS.to(device),
             attention_mask=not_blind(visible_BST).to(device)[:, None],
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         )
         hidden_BSH: Tensor = output.last_hidden_state
+        return hidden_BSH
+
+    def states(
+        self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, past: Past | None = None
+    ) -> tuple[Tensor, Past]:
+        """As :meth:`read`, but what the head would read (B, S, H): the last layer's output after the final norm."""
+        cache = _cache(past)
+        hidden_BSH = self._layers(ids_BS, positions_BS, visible_BST, cache)
         return hidden_BSH, Past(tuple(each.keys for each in cache.layers), tuple(each.values for each in cache.layers))
+
+
+def _cache(past: Past | None) -> Any:
+    """Transformers' cache that holds the past, without a copy of it."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache: Any = DynamicCache()
+    new_layer: Any = DynamicLayer
+    for keys, values in zip(past.keys, past.values, strict=True) if past is not None else ():
+        layer: Any = new_layer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
 
 
 def not_blind(visible_BST: Tensor) -> Tensor:

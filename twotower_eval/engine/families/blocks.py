@@ -7,7 +7,7 @@ give the same, so that the cache is exact. Shape letters: B rows, S new tokens, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ from twotower_eval.engine.families.kept import Kept, read_part
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.errors import UserError
 
+View = tuple[Tensor, Tensor, Tensor]  # positions (B, S), visible columns (B, S, T) and their blocks' numbers (B, T)
 NOBODY = -1  # in place of a block's number or a token's position: a column of padding
 
 
@@ -31,10 +32,13 @@ class BlockContext:
     last_BV: Tensor
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
+    views: dict[int, View] = field(default_factory=dict, compare=False, repr=False)  # of blocks of a width, once made
 
     def select(self, rows: Sequence[int]) -> Self:
-        """Some rows, in that order."""
+        """Some rows, in that order; all of them as they stand without a copy."""
         chosen = list(rows)
+        if chosen == list(range(len(self.lengths))):
+            return self
         lengths, offsets = (tuple(of[row] for row in chosen) for of in (self.lengths, self.offsets))
         return type(self)(self.past.select(chosen), self.block_BT[chosen], self.last_BV[chosen], lengths, offsets)
 
@@ -93,7 +97,9 @@ class BlockModel(LanguageModel):
     def denoise_kept(self, block_BK: Tensor, context: BlockContext, t_B: object = None) -> tuple[Tensor, Kept]:
         """As :meth:`denoise`; and the keys and values of context and block, for :meth:`denoise_part`."""
         num_new = block_BK.shape[1]
-        positions_BK, visible_BKT, block_BT = self.seen(context, num_new, [num_new] * len(block_BK))
+        if num_new not in context.views:
+            context.views[num_new] = self.seen(context, num_new, [num_new] * len(block_BK))
+        positions_BK, visible_BKT, block_BT = context.views[num_new]
         logits_BKV, past = self.backbone.read(block_BK, positions_BK, visible_BKT, context.past)
         if self.shift:
             logits_BKV = torch.cat([context.last_BV.to(logits_BKV.device)[:, None], logits_BKV[:, :-1]], dim=1)
@@ -133,7 +139,7 @@ class BlockModel(LanguageModel):
         total = tuple(before + new for before, new in zip(context.lengths, lengths, strict=True))
         return BlockContext(past, block_BT, last_BV, total, context.offsets)
 
-    def seen(self, context: BlockContext, num_new: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def seen(self, context: BlockContext, num_new: int, lengths: Sequence[int]) -> View:
         """Positions (B, S) of new tokens, the columns (B, S, T) that they see, theirs and earlier blocks', and the
         number of every column's block (B, T)."""
         positions_BS = torch.tensor(context.lengths)[:, None] + torch.arange(num_new)

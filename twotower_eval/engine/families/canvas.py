@@ -55,6 +55,11 @@ class CanvasModel(LanguageModel):
         """The same at times of a call; the few families that take a time define it."""
         return self.canvas_logits(ids_BS, lengths)
 
+    def logits_at(self, ids_BS: Tensor, lengths: Sequence[int], places_BK: Tensor, t_B: object) -> Tensor:
+        """Logits (B, K, V) float32 at some places of whole canvases, at times of a call."""
+        logits_BSV = self.timed_logits(ids_BS, lengths, t_B)
+        return logits_BSV[torch.arange(len(ids_BS))[:, None], places_BK.to(logits_BSV.device)]
+
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Tokens:
         """The prompts as they are; no forward."""
         lengths = [ids_BS.shape[1]] * len(ids_BS) if lengths_B is None else [int(length) for length in lengths_B]
@@ -72,10 +77,9 @@ class CanvasModel(LanguageModel):
         rows = [row + tuple(block) for row, block in zip(context.rows, block_BK.tolist(), strict=True)]
         lengths = [len(row) for row in rows]
         padded = [row + (0,) * (max(lengths) - len(row)) for row in rows]
-        logits_BSV = self.timed_logits(torch.tensor(padded), lengths, t_B)
         first_B1 = torch.tensor(context.lengths)[:, None] - self.shift
         places_BK = (first_B1 + torch.arange(block_BK.shape[1])).clamp(min=0)
-        return logits_BSV[torch.arange(len(rows))[:, None], places_BK.to(logits_BSV.device)]
+        return self.logits_at(torch.tensor(padded), lengths, places_BK, t_B)
 
     def next_logits(self, context: Tokens) -> Tensor:
         """Logits (B, V) of a single masked token behind each row: a forward, unlike that of a causal model."""

@@ -29,10 +29,18 @@ class Dream(CanvasModel):
 
     def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
         """Every token sees every token of its row; positions count from 0, and padding neither sees nor is seen."""
-        positions_S = torch.arange(ids_BS.shape[1])
-        real_BS = positions_S < torch.tensor(lengths)[:, None]
-        visible_BSS = real_BS[:, :, None] & real_BS[:, None, :]
-        return self.backbone.read(ids_BS, positions_S.expand_as(ids_BS), visible_BSS)[0]
+        return self.backbone.logits(ids_BS, *_seen(ids_BS, lengths))
+
+    def logits_at(self, ids_BS: Tensor, lengths: Sequence[int], places_BK: Tensor, t_B: object) -> Tensor:
+        """The head reads these places alone."""
+        return self.backbone.logits(ids_BS, *_seen(ids_BS, lengths), places_BM=places_BK)
+
+
+def _seen(ids_BS: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Positions (B, S), and what each token sees (B, S, S)."""
+    positions_S = torch.arange(ids_BS.shape[1])
+    real_BS = positions_S < torch.tensor(lengths)[:, None]
+    return positions_S.expand_as(ids_BS), real_BS[:, :, None] & real_BS[:, None, :]
 
 
 def load(

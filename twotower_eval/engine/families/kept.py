@@ -65,7 +65,11 @@ class BackboneCanvas(CanvasModel):
 
     def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
         """Positions count from 0."""
-        return self._read(ids_BS, lengths)[0]
+        return self.backbone.logits(ids_BS, *self._seen(ids_BS, lengths))
+
+    def logits_at(self, ids_BS: Tensor, lengths: Sequence[int], places_BK: Tensor, t_B: object) -> Tensor:
+        """The head reads these places alone."""
+        return self.backbone.logits(ids_BS, *self._seen(ids_BS, lengths), places_BM=places_BK)
 
     def denoise_kept(self, block_BK: Tensor, context: Tokens) -> tuple[Tensor, Kept]:
         """As :meth:`denoise`; and the keys and values of the whole canvas, for :meth:`denoise_part`."""
@@ -73,7 +77,7 @@ class BackboneCanvas(CanvasModel):
         lengths = [len(row) for row in rows]
         width = max(lengths)
         ids_BS = torch.tensor([row + (0,) * (width - len(row)) for row in rows])
-        logits_BSV, past = self._read(ids_BS, lengths)
+        logits_BSV, past = self.backbone.read(ids_BS, *self._seen(ids_BS, lengths))
         first_B1 = torch.tensor(context.lengths)[:, None] - self.shift
         places_BK = (first_B1 + torch.arange(block_BK.shape[1])).clamp(min=0).to(logits_BSV.device)
         real_BS = torch.arange(width) < torch.tensor(lengths)[:, None]
@@ -86,8 +90,8 @@ class BackboneCanvas(CanvasModel):
             raise UserError(f"family {self.checkpoint.family} predicts the first token of a part outside of the part")
         return read_part(self.backbone, part_BM, starts, context.lengths, kept)
 
-    def _read(self, ids_BS: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Past]:
+    def _seen(self, ids_BS: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Positions (B, S), and what each token sees (B, S, S)."""
         positions_S = torch.arange(ids_BS.shape[1])
         visible_B1S = positions_S < torch.tensor(list(lengths))[:, None, None]
-        visible_BSS = visible_B1S.expand(-1, ids_BS.shape[1], -1)
-        return self.backbone.read(ids_BS, positions_S.expand_as(ids_BS), visible_BSS)
+        return positions_S.expand_as(ids_BS), visible_B1S.expand(-1, ids_BS.shape[1], -1)
