@@ -65,9 +65,10 @@ class CanvasModel(LanguageModel):
         lengths = [ids_BS.shape[1]] * len(ids_BS) if lengths_B is None else [int(length) for length in lengths_B]
         return Tokens(tuple(tuple(row[:length]) for row, length in zip(ids_BS.tolist(), lengths, strict=True)))
 
-    def extend(self, context: Tokens, ids_BK: Tensor) -> Tokens:
-        """The rows with K more tokens each; no forward."""
-        return Tokens(tuple(row + tuple(new) for row, new in zip(context.rows, ids_BK.tolist(), strict=True)))
+    def extend(self, context: Tokens, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Tokens:
+        """The rows with K more tokens each, or each row's own number of them; no forward."""
+        new = self.prefill(ids_BK, lengths_B).rows
+        return Tokens(tuple(row + more for row, more in zip(context.rows, new, strict=True)))
 
     def denoise(self, block_BK: Tensor, context: Tokens, t_B: object = None) -> Tensor:
         """Logits (B, K, V) float32 of the token at each position of the block, from one call over the whole canvas.

@@ -96,6 +96,9 @@ class Masked(Model, Protocol):
     def mask_token_id(self) -> int:
         """The token at positions of a block that are not committed yet."""
 
+    def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
+        """As in every model; rows may be extended by different numbers of tokens."""
+
     def denoise(self, block_BK: Tensor, context: Context, t_B: Tensor | Sequence[float] | float | None) -> Tensor:
         """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: no time conditioning."""
 
@@ -142,9 +145,6 @@ class Denoising(Masked, Protocol):
     @property
     def context_tower(self) -> Model:
         """The causal tower alone."""
-
-    def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
-        """As in every model; rows may be extended by different numbers of tokens."""
 
 
 @dataclass(frozen=True)
