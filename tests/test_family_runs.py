@@ -200,3 +200,30 @@ def test_a_family_as_a_baseline_is_scored_as_the_candidate_is(tmp_path: Path) ->
     given: dict[str, Any] = {"tasks": "miniature_choice", "limit": 1, "out": tmp_path}
     run = tt.evaluate(model=folders[0], baseline=folders[1], baseline_decoder="dream", **given)
     assert set(run.likelihoods["kind"]) == {"bound"}
+
+
+def test_set_reaches_the_familys_own_decoder_without_naming_it(base: Path, tmp_path: Path) -> None:
+    folder = save_family("sdar", tmp_path / "sdar")
+    given: dict[str, Any] = {"tasks": "miniature_sort", "limit": 1, "max_new_tokens": 4, "out": tmp_path}
+    settings = {"strategy": "low_confidence_static", "steps": "2"}
+    run = tt.evaluate(model=str(folder), baseline=str(base), set=settings, **given)
+    [spec] = {cell.decoder.label for cell in run.manifest.cells if cell.arm == "candidate"}
+    assert "steps=2" in spec
+    assert "strategy=low_confidence_static" in spec
+
+
+def test_a_report_says_what_stands_against_what_and_what_the_baseline_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound against an exact likelihood; a backbone is known by its name alone."""
+    backbone = save_reading("llama", tmp_path / "Qwen3-0.6B")
+    folder = save_family("sdar", tmp_path / "sdar")
+    given: dict[str, Any] = {"tasks": ("miniature_choice", "miniature_sort"), "limit": 1, "max_new_tokens": 4}
+    run = tt.evaluate(model=str(folder), baseline=str(backbone), out=tmp_path, **given)
+    said = (
+        "the candidate's denoiser bound (Monte-Carlo) stands against the baseline's autoregressive likelihood (exact)"
+    )
+    assert said in capsys.readouterr().err
+    page = tt.report(run, out=tmp_path / "pages").path.read_text()
+    assert said in page
+    assert "baseline Qwen3-0.6B: by its name, the backbone that sdar was made from" in page

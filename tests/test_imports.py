@@ -70,10 +70,11 @@ ALLOWED: dict[str, set[str]] = {
     "words": {"rules", "stats", "compare"},
     "claims": {"plan", "rules", "decoder_settings", "store", "stats", "compare", "words"},
     "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"}
-    | {"decoder_settings", "plan_baselines", "task_options"},
+    | {"decoder_settings", "plan_baselines", "task_options", "usual"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "families", "decoders"},
     "api": {
+        "usual",
         "plan",
         "plan_sources",
         "plan_fields",

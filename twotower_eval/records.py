@@ -93,6 +93,7 @@ WarningKind = Literal[
     "standard_errors_differ",
     "lone_clusters",
     "unlike_arms",
+    "unlike_scoring",
     "cached_prompts",
     "late_requests",
 ]

@@ -335,6 +335,29 @@ def chosen_lines(manifest: RunManifest) -> list[str]:
     return [chosen_line(manifest.chosen)] if manifest.chosen else []
 
 
+SCORED_BY = {
+    "generation": "generation",
+    "exact": "autoregressive likelihood (exact)",
+    "context_tower": "context-tower likelihood",
+    "denoiser_left_to_right": "denoiser likelihood (left-to-right)",
+    "bound": "denoiser bound (Monte-Carlo)",
+}
+# Kinds that mean the same: a causal model's own log-likelihoods.
+CAUSAL_KINDS = ("exact", "context_tower")
+
+
+def unlike_kinds(baseline: str, candidate: str) -> bool:
+    """Whether a pair of arms is scored by kinds that mean different things."""
+    return baseline != candidate and not {baseline, candidate} <= set(CAUSAL_KINDS)
+
+
+def unlike_kinds_text(tasks: Sequence[str], baseline: str, candidate: str) -> str:
+    """``miniature_choice: the candidate's denoiser bound (Monte-Carlo) stands against the baseline's …``."""
+    against = f"stands against the baseline's {SCORED_BY.get(baseline, baseline)}"
+    below = "; a bound lies below what it bounds" if "bound" in (baseline, candidate) else ""
+    return f"{', '.join(tasks)}: the candidate's {SCORED_BY.get(candidate, candidate)} {against}{below}"
+
+
 def unlike_settings(baseline: Checkpoint, candidate: Checkpoint) -> tuple[UnlikeSetting, ...]:
     """What two arms differ in besides model and decoder: dtype, type of device, how weights are stored."""
 

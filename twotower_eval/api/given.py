@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import inspect
@@ -26,8 +27,10 @@ from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.plan_fields import list_fields
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
-from twotower_eval.records import Verb, verb_of
+from twotower_eval.records import AUTO, Verb, verb_of
+from twotower_eval.sources import ENDPOINT, located, read_source
 from twotower_eval.store.environment import let_threads_sleep
+from twotower_eval.usual import has_own_form, usual_of
 
 P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
 F = TypeVar("F", bound=Callable[..., object])
@@ -81,14 +84,29 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
     values = _values(cls, given)
     if isinstance(settings := values.get("set"), Mapping):
         check_given_once(settings, values)
-        kind = values.get("decoder") or getattr(base or cls, "decoder", "")
+        kind = _decoder_of(values, base or cls)
         values["set"] = {**settings, **typed_settings(str(kind), _texts(settings))}
     if isinstance(settings := values.get("baseline_set"), Mapping):
-        kind = values.get("baseline_decoder") or getattr(base, "baseline_decoder", None) or BASELINE_DECODER
-        if isinstance(kind, str) and "," not in kind:  # several decoders are refused where they are crossed
-            typed = typed_settings(kind, _texts(settings), "--baseline-set")
+        named = values.get("baseline_decoder") or getattr(base, "baseline_decoder", None) or BASELINE_DECODER
+        if isinstance(named, str) and "," not in named:  # several decoders are refused where they are crossed
+            typed = typed_settings(named, _texts(settings), "--baseline-set")
             values["baseline_set"] = {**settings, **typed}
     return plan_from_json(cls, values) if base is None else merge(base, values)
+
+
+def _decoder_of(values: Mapping[str, object], base: object) -> str:
+    """The decoder whose parameters are given; ``auto`` is that of the model's family, where it has one of its own."""
+    kind, model, family = (values.get(name) or getattr(base, name, None) for name in ("decoder", "model", "family"))
+    if kind != AUTO or model is None or str(model).startswith(ENDPOINT):
+        return str(kind or "")
+    from twotower_eval.engine.models import family_of
+
+    with contextlib.suppress(UserError):  # said where the model is looked for
+        revision = cast("str | None", values.get("revision") or getattr(base, "revision", None))
+        files = located(read_source(cast(str, model), revision), extent="config").files
+        found = str(family or family_of(files))
+        return str(kind) if has_own_form(found) else usual_of(found).decoder
+    return str(kind)
 
 
 def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P | None:

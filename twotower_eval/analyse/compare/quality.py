@@ -28,7 +28,14 @@ from twotower_eval.analyse.compare.points import (
     baseline_of,
     point_key,
 )
-from twotower_eval.analyse.compare.warned import LoneClusters, NoHeadline, StandardErrorsDiffer, Unpaired, unlike_arms
+from twotower_eval.analyse.compare.warned import (
+    LoneClusters,
+    NoHeadline,
+    StandardErrorsDiffer,
+    Unpaired,
+    unlike_arms,
+    unlike_scoring,
+)
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole, whole_groups, whole_scores
 from twotower_eval.errors import UserError
 from twotower_eval.records import Cell, Finding, Score, canonical_json, sha256_text
@@ -152,7 +159,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
     answered_once = _tasks_answered_once(run, cells, baselines)
     scores = _scores(headline, chances(run, [a for a, _ in headline]))
     found_tasks = _headline_quality(scores, headline, answered_once)
-    warnings = [*unlike_arms(baselines[0], cells[0]), *found_tasks.pop("warnings")]
+    warnings = [*unlike_arms(baselines[0], cells[0]), *unlike_scoring(usable), *found_tasks.pop("warnings")]
     if unpaired:
         gone = Unpaired(num_scores=unpaired)
         warnings.append(Finding(kind="unpaired_scores", severity="note", facts=gone))

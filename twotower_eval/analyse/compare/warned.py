@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from twotower_eval.records import Arm, Cell, Estimate, Fact, Finding, TimeFault, UnlikeSetting
-from twotower_eval.rules import unlike_settings
+from twotower_eval.records import Arm, Cell, Estimate, Fact, Finding, Score, TimeFault, UnlikeSetting
+from twotower_eval.rules import unlike_kinds, unlike_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,26 @@ def unlike_arms(baseline: Cell, candidate: Cell) -> tuple[Finding, ...]:
     """The warning of unlike arms, where there is one."""
     found = unlike_settings(baseline.checkpoint, candidate.checkpoint)
     return (Finding(kind="unlike_arms", severity="warning", facts=UnlikeArms(settings=found)),) if found else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlikeScoring(Fact):
+    """Tasks whose arms are scored by kinds of log-likelihoods that mean different things."""
+
+    tasks: tuple[str, ...]
+    baseline: str
+    candidate: str
+
+
+def unlike_scoring(pairs: Iterable[tuple[Score, Score]]) -> Iterator[Finding]:
+    """A warning for each two kinds of scoring that stand against each other."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for one, other in pairs:
+        if unlike_kinds(one.scored_by, other.scored_by):
+            found.setdefault((one.scored_by, other.scored_by), {})[one.task] = None
+    for (baseline, candidate), tasks in found.items():
+        facts = UnlikeScoring(tasks=tuple(tasks), baseline=baseline, candidate=candidate)
+        yield Finding(kind="unlike_scoring", severity="warning", facts=facts)
 
 
 @dataclass(frozen=True, kw_only=True)

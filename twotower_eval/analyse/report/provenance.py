@@ -8,8 +8,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, TypedDict, cast
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, TypedDict, cast, get_args
 
 import pandas as pd
 
@@ -23,7 +23,16 @@ from twotower_eval.decoder_settings import USUAL, given_settings, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
-from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, ServedModel, sizing_config
+from twotower_eval.records import (
+    Arm,
+    Cell,
+    Checkpoint,
+    DecoderSpec,
+    FileDigest,
+    RunManifest,
+    ServedModel,
+    sizing_config,
+)
 from twotower_eval.rules import (
     asked_and_not_done,
     chat_facts,
@@ -37,6 +46,7 @@ from twotower_eval.store import TRAINING_LOG, Run
 from twotower_eval.store.journal import read_objects
 from twotower_eval.strict import JsonObject
 from twotower_eval.task_options import GenKwargs, gen_kwargs_text
+from twotower_eval.usual import has_own_form, relation, usual_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,9 +109,34 @@ def setup(runs: Runs) -> Section:
     """Checkpoints with their digests, documents, machine, packages, commit and seeds of every run."""
     frame = checkpoints_frame(runs)
     parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs, frame)]
+    parts += [f"- {escape(line)}" for line in _baselines(runs)]
     parts += [_run(run) for run in runs.whole]
     title = "Environment: what was run on what"
     return Section(title=title, markdown="\n".join(parts), tables={"checkpoints": frame})
+
+
+RELATIONS = {
+    "own backbone": "by its name, the backbone that {candidate} was made from",
+    "usual": "by its name, a model that {family} is usually compared with, and no backbone of it",
+    "other": "another model; {usual}",
+}
+
+
+def _baselines(runs: Runs) -> list[str]:
+    """What a baseline is to a candidate whose family has no autoregressive form of its own."""
+    lines: dict[str, None] = {}
+    for run in runs.whole:
+        arms: dict[Arm, list[Checkpoint]] = {
+            arm: [cell.checkpoint for cell in run.manifest.cells if cell.arm == arm] for arm in get_args(Arm)
+        }
+        for one, other in product(dict.fromkeys(arms["baseline"]), dict.fromkeys(arms["candidate"])):
+            if not has_own_form(other.family):
+                usual = usual_of(other.family).baseline
+                said = f"usual for {other.family} is {usual}" if usual else f"{other.family} has no usual one"
+                text = RELATIONS[relation(other.family, one.name)]
+                told = text.format(candidate=checkpoint_name(other), family=other.family, usual=said)
+                lines[f"baseline {checkpoint_name(one)}: {told}"] = None
+    return list(lines)
 
 
 def _arms(runs: Runs) -> dict[Checkpoint, set[str]]:

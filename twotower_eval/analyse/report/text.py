@@ -16,7 +16,7 @@ from twotower_eval.analyse.compare.tradeoff import MeasuredOn
 from twotower_eval.analyse.words import INVALID
 from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.records import FAMILY_DECODERS, Cell, Estimate, Finding, Workload
-from twotower_eval.rules import load_text
+from twotower_eval.rules import SCORED_BY, load_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,13 +112,6 @@ def within_columns(arm: str, within: WithinCalls) -> Row:
 
 NONE = "\u2013"  # a dash: there is no such number
 VERBATIM = "<!-- verbatim -->"  # before a table: no Markdown can say what a table holds
-SCORED_BY = {
-    "generation": "generation",
-    "exact": "autoregressive likelihood (exact)",
-    "context_tower": "context-tower likelihood",
-    "denoiser_left_to_right": "denoiser likelihood (left-to-right)",
-    "bound": "denoiser bound (Monte-Carlo)",
-}
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------

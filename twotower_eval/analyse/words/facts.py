@@ -12,7 +12,7 @@ from twotower_eval.analyse.compare.timing import Best
 from twotower_eval.analyse.compare.witness import Likeness
 from twotower_eval.names import plural
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, Estimate, Fact, FindingKind, Method
-from twotower_eval.rules import unlike_text, void_text
+from twotower_eval.rules import unlike_kinds_text, unlike_text, void_text
 
 EQUAL = "equal by construction: one computation scored both arms"
 
@@ -218,6 +218,11 @@ def _late_requests(fact: warned.LateRequests) -> str:
 @fact_text.register
 def _unlike_arms(fact: warned.UnlikeArms) -> str:
     return unlike_text(fact.settings)
+
+
+@fact_text.register
+def _unlike_scoring(fact: warned.UnlikeScoring) -> str:
+    return unlike_kinds_text(fact.tasks, fact.baseline, fact.candidate)
 
 
 @fact_text.register

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ from twotower_eval.records import (
     make_cell,
     to_json,
 )
-from twotower_eval.rules import refuse_same
+from twotower_eval.rules import refuse_same, unlike_kinds, unlike_kinds_text
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.task_options import recorded_seeds, run_seed
 from twotower_eval.usual import usual_of
@@ -355,6 +356,18 @@ def make_manifest(prepared: Prepared, resume: Path | None) -> RunManifest:
         chosen=prepared.chosen,
         chats=prepared.chats,
     )
+
+
+def kind_lines(jobs: Sequence[Job]) -> Iterator[str]:
+    """A line on each two kinds of log-likelihoods that are compared though they mean different things."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    scored = [job for job in jobs if not job.task.generates]
+    for one, other in product(scored, scored):
+        arms = (one.cell.arm, other.cell.arm)
+        if arms == ("baseline", "candidate") and one.task is other.task and unlike_kinds(one.kind, other.kind):
+            found.setdefault((one.kind, other.kind), {})[one.task.name] = None
+    for (baseline, candidate), tasks in found.items():
+        yield unlike_kinds_text(tuple(tasks), baseline, candidate)
 
 
 def _notes(jobs: Sequence[Job]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from twotower_eval.measure.harness.jobs import (
     KnownScores,
     Prepared,
     check_known,
+    kind_lines,
     make_manifest,
     make_scorer_of,
     prepare,
@@ -142,7 +143,7 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
     plan, jobs = prepared.plan, prepared.jobs
     manifest = make_manifest(prepared, resume)
     with _open(root, resume, manifest, jobs) as writer, family_calls(*arm_sources(plan)):
-        said = (*writer.warnings, *asked_and_not_done(manifest), *chat_lines(manifest))
+        said = (*writer.warnings, *asked_and_not_done(manifest), *chat_lines(manifest), *kind_lines(jobs))
         ways = (*joined_lines(manifest), *slower_lines(manifest), *chat_facts(manifest))
         for line in (*chosen_lines(manifest), *(f"warning: {text}" for text in said), *ways):
             progress.note(line)
