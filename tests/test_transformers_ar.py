@@ -16,6 +16,7 @@ from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.proof import prove_up_to
+from twotower_eval.engine.models.transformers_cache import growing
 from twotower_eval.engine.models.transformers_model import ForwardError, keeps_all_keys
 from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
@@ -202,7 +203,7 @@ def test_shared_beginnings_change_no_likelihood(
 
 
 def test_positions_that_depend_on_the_length_are_not_shared() -> None:
-    layers = transformers.DynamicCache(config=CONFIGS["llama"]).layers
+    layers = growing(transformers.DynamicCache(config=CONFIGS["llama"])).layers
     assert keeps_all_keys(CONFIGS["llama"], layers)
     dynamic = transformers.LlamaConfig(
         **{**CONFIGS["llama"].to_dict(), "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}

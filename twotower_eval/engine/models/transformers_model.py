@@ -20,11 +20,13 @@ from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.protocol import Segment
 from twotower_eval.engine.models.transformers_cache import (
     CacheContext,
+    GrowingLayer,
     Part,
     Tokens,
     can_join,
     cut_part,
     forked,
+    growing,
     keeps_all,
 )
 from twotower_eval.engine.models.transformers_types import Cache, CacheLayer, CausalLM, Config
@@ -66,7 +68,7 @@ def keeps_all_keys(config: Config, layers: Sequence[CacheLayer]) -> bool:
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     classes: set[type[object]] = set(map(type, layers))
-    return classes <= {DynamicLayer} and not kinds & LENGTH_DEPENDENT_ROPE
+    return classes <= {GrowingLayer} and not kinds & LENGTH_DEPENDENT_ROPE
 
 
 BRANCH_TOKENS = 512  # more fill the processor no better, while each sees the others' keys behind its mask
@@ -345,7 +347,7 @@ class TransformersModel(LanguageModel):
     def _new_cache(self) -> Cache:
         make: Any = transformers.DynamicCache
         cache: Cache = make(config=self.inner.config)
-        return cache
+        return growing(cache)
 
     def _forward(self, ids_BS: Tensor, cache: Cache, padding: Sequence[int], known: int, last: int = 1) -> Tensor:
         """Logits (B, last, V) behind the last columns; the cache takes all of them up. ``known`` columns are in it
