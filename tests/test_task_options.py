@@ -110,6 +110,7 @@ def test_lm_evals_default_seeds_are_those_of_zero() -> None:
 
     seeds = seeds_of(0)
     assert (seeds.python, seeds.numpy, seeds.fewshot) == (DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED, DEFAULT_OTHER_SEED)
+    assert seeds_of(42) == seeds_of((42, 42, 42, 42)), "a single number is every seed, as lm_eval has it"
     assert seeds_of((3, 4)) == seeds_of((3, 4, None, None)) == seeds_of((3, 4, 1234, 1234))
 
 

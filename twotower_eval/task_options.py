@@ -35,15 +35,18 @@ class Seeds:
 def seeds_of(given: GivenSeed) -> Seeds:
     """The seeds that a plan's ``seed`` stands for.
 
-    A single number moves all of them: 0 gives lm_eval's defaults. A list is lm_eval's: python, numpy, torch, fewshot.
-    Those that it leaves out, or names None, are lm_eval's defaults, for a run has to be repeatable.
+    A single number is all of them, as in lm_eval; but 0, the default, stands for lm_eval's own defaults. A list is
+    lm_eval's: python, numpy, torch, fewshot. Those that it leaves out, or names None, are lm_eval's defaults, for a run
+    has to be repeatable.
 
+    >>> seeds_of(42).fewshot, seeds_of(0).fewshot
+    (42, 1234)
     >>> seeds_of((7, None, 8))
     Seeds(run=8, python=7, numpy=1234, fewshot=1234)
     """
     if isinstance(given, int):
-        other = OTHER_SEED + given
-        return Seeds(run=given, python=PYTHON_SEED + given, numpy=other, fewshot=other)
+        other = given or OTHER_SEED
+        return Seeds(run=given, python=given or PYTHON_SEED, numpy=other, fewshot=other)
     default = (PYTHON_SEED, OTHER_SEED, OTHER_SEED, OTHER_SEED)
     named = (*given, *(None for _ in default))
     python, numpy, torch, fewshot = (

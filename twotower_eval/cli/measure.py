@@ -17,7 +17,7 @@ from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, is_older_sizing_plan
 from twotower_eval.records import verb_of
-from twotower_eval.task_options import OTHER_SEED, seeds_of
+from twotower_eval.task_options import OTHER_SEED
 
 ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG"
 
@@ -71,13 +71,9 @@ def _refuse_foreign(cls: type, given: Given, words: str) -> None:
 
 
 def say_seed(given: Given) -> None:
-    """Say what a single seed does that it does not do in lm_eval: there it is that of few-shot examples, too."""
-    seed = given.get("seed")
-    if isinstance(seed, int) and seed:
-        drawn = f"draws few-shot examples by {seeds_of(seed).fewshot} ({OTHER_SEED} + {seed})"
-        typer.echo(
-            f"--seed {seed} {drawn}; lm_eval's --seed {seed} is --seed {','.join([str(seed)] * 4)} here", err=True
-        )
+    """Say what 0 does that it does not do in lm_eval, where it is the seed of few-shot examples, too."""
+    if given.get("seed") == 0:
+        typer.echo(f"--seed 0 draws few-shot examples by {OTHER_SEED}; lm_eval's --seed 0 is --seed 0,0,0,0", err=True)
 
 
 @plan_options(RunPlan)
