@@ -69,6 +69,7 @@ class E2D2(LanguageModel):
 
     mask_token_id: int
     has_denoiser = two_way = one_network = True
+    ends_with_prompt = True  # blocks are counted from there
     causal = causal_cache = keeps_first = False
 
     def __init__(self, encoder: Backbone, decoder: Backbone, places: Sequence[int] | None, block_size: int) -> None:
