@@ -174,6 +174,8 @@ ALLOWED = {
     "text.startswith(ENDPOINT)": "what a user typed",
     "baseline_name(self).startswith(ENDPOINT)": "what a user typed",
     "text.partition('@')": "what a user typed",
+    "text.partition('#')": "what a user typed",
+    "text.startswith(('http://', 'https://'))": "what a user typed",
     "text.partition(':')": "what a user typed",
     "text.startswith('{')": "what a user typed",
     "text.split(one, 1)": "a model's answer",

@@ -15,7 +15,7 @@ from twotower_eval.analyse.compare import ArmsDifferError, Measured, PointKey, Q
 from twotower_eval.analyse.compare.clean import subset
 from twotower_eval.analyse.compare.contradiction import Contradiction
 from twotower_eval.analyse.compare.figures import measured
-from twotower_eval.analyse.compare.points import OtherScore, candidate_mean, checkpoint_name
+from twotower_eval.analyse.compare.points import OtherScore, candidate_mean, checkpoint_name, tower_suffix
 from twotower_eval.analyse.compare.quality import quality_points
 from twotower_eval.analyse.compare.runs import is_alone
 from twotower_eval.analyse.compare.several import PLAIN, against, baselines_of, default_baseline, whole
@@ -309,8 +309,7 @@ def _names_on_hub(name: str, checkpoint: Checkpoint) -> bool:
     """
     if not checkpoint.source.startswith(HUB):
         return False
-    tower = checkpoint_name(checkpoint).removeprefix(checkpoint.name)
-    repo, at, wanted = name.removesuffix(tower).partition("@")
+    repo, at, wanted = name.removesuffix(tower_suffix(checkpoint)).partition("@")
     asked_repo, _, asked = checkpoint.source.removeprefix(HUB).partition("@")
     if repo != asked_repo or (at and not wanted):
         return False

@@ -34,7 +34,12 @@ NAMED = ("block_size", "steps_per_block", "threshold")  # parameters with a plac
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
     """A checkpoint's name, with its tower if only one is meant."""
-    return f"{checkpoint.name} ({checkpoint.tower} tower)" if checkpoint.tower else checkpoint.name
+    return checkpoint.name + tower_suffix(checkpoint)
+
+
+def tower_suffix(checkpoint: Checkpoint) -> str:
+    """What stands behind a checkpoint's name where only one tower is meant."""
+    return f" ({checkpoint.tower} tower)" if checkpoint.tower else ""
 
 
 def setting(decoder: DecoderSpec, name: str) -> Scalar:

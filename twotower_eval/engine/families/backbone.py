@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,19 @@ def _stacked(first: Sequence[Tensor], second: Sequence[Tensor], width: int) -> t
     return tuple(torch.cat([wide(a), wide(b)]) for a, b in zip(first, second, strict=True))
 
 
+class Layer(Protocol):
+    """What transformers' cache holds of a layer, each (B, J, T, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Cache(Protocol):
+    """Transformers' cache."""
+
+    layers: list[Layer]
+
+
 class Backbone(nn.Module):
     """A decoder of transformers with its head. Whoever calls it says what each token sees."""
 
@@ -119,7 +132,7 @@ class Backbone(nn.Module):
         logits: Tensor = self.inner.get_output_embeddings()(hidden_BSH)
         return logits.float()
 
-    def _layers(self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, cache: Any) -> Tensor:
+    def _layers(self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, cache: Cache | None) -> Tensor:
         device = self.device
         if len(positions_BS) > 1 and bool((positions_BS == positions_BS[:1]).all()):
             positions_BS = positions_BS[:1]  # the same in all rows: their angles are computed once
@@ -142,12 +155,12 @@ class Backbone(nn.Module):
         return hidden_BSH, Past(tuple(each.keys for each in cache.layers), tuple(each.values for each in cache.layers))
 
 
-def _cache(past: Past | None) -> Any:
+def _cache(past: Past | None) -> Cache:
     """Transformers' cache that holds the past, without a copy of it."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    cache: Any = DynamicCache()
+    cache: Cache = DynamicCache()
     new_layer: Any = DynamicLayer
     for keys, values in zip(past.keys, past.values, strict=True) if past is not None else ():
         layer: Any = new_layer()
