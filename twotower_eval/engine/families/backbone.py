@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ def _cache(past: Past | None) -> Cache:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    cache: Cache = DynamicCache()
+    cache = cast(Cache, DynamicCache())
     new_layer: Any = DynamicLayer
     for keys, values in zip(past.keys, past.values, strict=True) if past is not None else ():
         layer: Any = new_layer()
