@@ -216,3 +216,14 @@ def test_two_models_of_one_token_at_a_time_need_no_decoder_named(tmp_path: Path)
         tt.evaluate(model=str(first), baseline=str(second), out=tmp_path, block_sizes=8, **fields)
     with pytest.raises(UserError, match="denoiser"):
         tt.evaluate(model=str(first), baseline=str(second), out=tmp_path, decoder="block_diffusion", **fields)
+
+
+@pytest.mark.parametrize("wrong", ["gpu", "cpu,cpu", "meta", "cuda:x"])
+@pytest.mark.parametrize("option", ["--device", "--baseline-device"])
+def test_a_device_that_there_is_not_is_one_line_before_anything_else(
+    option: str, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["run", "--tasks", "miniature_sort", "--limit", "1", "--baseline", "miniature", option, wrong]
+    if (option, wrong) != ("--device", "cpu,cpu"):  # two devices for two towers, of which one is named twice
+        assert cli.main(given) == 2
+        assert f"device '{wrong}' cannot be used here" in capsys.readouterr().err

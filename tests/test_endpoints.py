@@ -5,12 +5,14 @@ The server is scripted here; tests/test_served.py has a real one.
 
 import asyncio
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
@@ -24,7 +26,8 @@ from twotower_eval.engine.endpoints import client as client_module
 from twotower_eval.engine.endpoints.client import Ask, Client, EndpointError, read_address
 from twotower_eval.engine.endpoints.decoder import cut
 from twotower_eval.engine.endpoints.model import EndpointModel
-from twotower_eval.engine.endpoints.streams import Broken, Reply, num_apart, read_stream
+from twotower_eval.engine.endpoints.scorer import token_logprobs
+from twotower_eval.engine.endpoints.streams import Broken, Reply, num_apart, read_lines, read_reply, read_stream
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
@@ -79,10 +82,44 @@ def test_an_address_is_read_from_what_a_user_types() -> None:
             read_address(wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["http://[::1/v1", "http://h:abc/v1", "http://h:99999/v1", "http://a b/v1", "http://h\x00/v1", "http://☃.no"],
+)
+def test_an_address_that_no_url_has_is_refused_as_one(wrong: str) -> None:
+    with pytest.raises(UserError, match="an endpoint is written as"):
+        read_address(f"openai:{wrong}#n")
+
+
+def test_a_key_proxies_and_certificates_that_cannot_be_used_are_one_line(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = read_address(url)
+    for name, value in (("ALL_PROXY", "foo://h:1"), ("SSL_CERT_FILE", "/nowhere")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            with pytest.raises(UserError, match=r"127\.0\.0\.1.*what the environment says"):
+                Client(address)
+    for key in ("sesämé", "sesame\nopen"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as found:
+            Client(address)
+        assert "ses" not in str(found.value)
+
+
+def test_a_key_is_read_without_the_line_end_of_its_file(
+    script: Script, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.key = "sesame"
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame\n")
+    assert connected(url).checkpoint.name == NAME
+
+
 def test_a_password_in_an_address_is_neither_taken_nor_shown() -> None:
-    with pytest.raises(UserError, match="OPENAI_API_KEY") as found:
-        read_address("openai:http://me:secret@h:1/v1#n")
-    assert "secret" not in str(found.value)
+    for given in ("http://me:secret@h:1/v1", "http://me:sec/ret@h:1/v1", "http:/me:secret@h/v1"):
+        with pytest.raises(UserError, match="OPENAI_API_KEY") as found:
+            read_address(f"openai:{given}#n")
+        assert "ret" not in str(found.value)
 
 
 @pytest.mark.parametrize("fault", ["429", "429 0", "500", "503", "drop", "malformed"])
@@ -327,11 +364,59 @@ def test_a_stream_is_read_to_its_end() -> None:
         ['data: {"choices": [{"te'],
         ['data: {"error": {"message": "out of memory"}}'],
         [],
+        ['data: {"choices": [{"text": "a", "finish_reason": "abort"}]}', "data: [DONE]"],
+        ['data: {"choices": [{"text": "a", "finish_reason": "error"}]}', "data: [DONE]"],
+        ["data: " + "[" * 100_000],
     ],
 )
 def test_a_stream_without_an_end_is_broken(lines: list[str]) -> None:
     with pytest.raises(Broken):
         streamed(*lines)
+
+
+def test_a_reply_that_is_no_stream_is_called_so() -> None:
+    with pytest.raises(Broken, match="no stream of events"):
+        streamed('{"choices": [{"text": "a", "finish_reason": "stop"}]}')
+
+
+def test_an_answer_that_the_server_gave_up_is_no_short_answer() -> None:
+    with pytest.raises(Broken, match="not finished: the server ended it with finish_reason 'abort'"):
+        read_reply({"choices": [{"text": "4", "finish_reason": "abort"}]})
+
+
+def test_no_error_is_none_and_empty_events_say_nothing() -> None:
+    said = {"error": None, "choices": [{"text": "a", "finish_reason": "stop"}]}
+    assert read_reply(said).text == "a"
+    assert streamed("data:", f"data: {json.dumps(said)}", "data: [DONE]").text == "a"
+
+
+def test_lines_of_a_stream_end_where_events_do_and_nowhere_in_a_text() -> None:
+    text = "a\u2028b\x85c\x0bd\x1ce 😀"
+    event = json.dumps({"choices": [{"text": text, "finish_reason": "stop"}]}, ensure_ascii=False)
+    sent = f": ping\r\n\r\ndata: {event}\r\n\r\ndata: [DONE]".encode()
+
+    async def given(size: int) -> AsyncIterator[bytes]:
+        for start in range(0, len(sent), size):
+            yield sent[start : start + size]
+
+    for size in (1, 3, 1000):  # within a character, too
+        assert asyncio.run(read_stream(read_lines(given(size)), lambda: 0.0)).text == text
+
+
+def test_bytes_that_are_no_text_are_broken() -> None:
+    async def given() -> AsyncIterator[bytes]:
+        yield b'data: {"choices": [{"text": "\xff", "finish_reason": "stop"}]}\n'
+
+    with pytest.raises(Broken, match="no UTF-8"):
+        asyncio.run(read_stream(read_lines(given()), lambda: 0.0))
+
+
+def test_a_character_sent_in_halves_is_one() -> None:
+    halves = [
+        f'data: {{"choices": [{{"text": "{half}", "finish_reason": "stop"}}]}}' for half in ("\\ud83d", "\\ude00")
+    ]
+    assert streamed(*halves).text == "😀"
+    assert streamed(halves[0]).text == "\ufffd"
 
 
 def test_pieces_that_come_together_are_one_arrival() -> None:
@@ -385,6 +470,23 @@ def test_log_likelihoods_equal_those_of_the_same_model_here(
         assert other.logprob_nats == pytest.approx(one.logprob_nats, abs=1e-4)
         assert other.is_greedy == one.is_greedy
     assert there[2].is_greedy
+
+
+def test_log_probabilities_of_others_that_are_null_or_unranked_are_no_trap() -> None:
+    echoed = {"logprobs": {"token_logprobs": [None, -1.0], "top_logprobs": [None, {"a": None, "b": -0.5}]}}
+    ranked = {"prompt_logprobs": [None, {"6": {"logprob": -1.0}, "7": {"logprob": -0.5}}]}
+    for choice, way in ((echoed, "echo"), (ranked, "prompt_logprobs")):
+        reply = Reply(text="", finish="length", choice=choice)
+        assert token_logprobs(reply, (5, 6), way) == [(-1.0, False)]  # type: ignore[arg-type]
+    best = {"prompt_logprobs": [None, {"6": {"logprob": -0.2}, "7": {"logprob": -0.5}}]}
+    assert token_logprobs(Reply(text="", finish="length", choice=best), (5, 6), "prompt_logprobs") == [(-0.2, True)]
+
+
+def test_a_server_that_has_moved_is_named(script: Script, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(read_address(url))
+    moved = httpx2.Response(307, headers={"location": "https://h/v2/x"}, request=httpx2.Request("POST", "http://h"))
+    assert "status 307 (moved to https://h/v2/x" in str(client._refusal(moved))
+    client.close()
 
 
 def test_a_server_without_prompt_logprobs_is_refused_before_anything_long(script: Script, url: str) -> None:

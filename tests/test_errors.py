@@ -94,6 +94,8 @@ HANDLERS = {
     "engine.models.chat.ChatTemplate._written": FOREIGN,
     "engine.models.chat._tokenizer": FOREIGN,
     "engine.endpoints.client._seconds_of": PLAIN,
+    "engine.endpoints.client._connections": "of the HTTP library, for what the environment says",
+    "engine.endpoints.client.read_address": PLAIN,
     "engine.endpoints.streams.error_text": "of a server's JSON",
     "engine.endpoints.streams.read_document": "of a server's JSON",
     "engine.endpoints.model._vocab_size": "tokenizers raises nothing finer than Exception",

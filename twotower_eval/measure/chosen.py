@@ -136,6 +136,7 @@ def _model(arm: Arm, number: int | None, source: Source, family: str | None, dev
 
 
 def _on_devices(models: list[_Model], found: list[Chosen]) -> Iterator[_Model]:
+    from twotower_eval.engine.models import check_device_name
     from twotower_eval.engine.models.choices import choose_device
 
     families = [model.family for model in models]
@@ -147,6 +148,8 @@ def _on_devices(models: list[_Model], found: list[Chosen]) -> Iterator[_Model]:
             chosen = choose_device(families)  # one for both arms, so that their times can be compared
             found.append(dataclasses.replace(chosen, arm=model.arm, name=_number_text(model)))
             device = chosen.value
+        elif model.folder is not None:
+            check_device_name(device)
         yield dataclasses.replace(model, device=device)
 
 

@@ -21,7 +21,15 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from twotower_eval.engine.endpoints.streams import Broken, Reply, error_text, read_document, read_reply, read_stream
+from twotower_eval.engine.endpoints.streams import (
+    Broken,
+    Reply,
+    error_text,
+    read_document,
+    read_lines,
+    read_reply,
+    read_stream,
+)
 from twotower_eval.errors import UserError
 from twotower_eval.records import RequestFault, Retried
 from twotower_eval.sources import ENDPOINT
@@ -61,11 +69,17 @@ def read_address(text: str) -> Address:
     Address(url='http://localhost:8000/v1', name='tiny')
     """
     url, _, name = text.removeprefix(ENDPOINT).partition("#")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:
-        raise UserError(f"{text}: an endpoint is written as {ENDPOINT}http://HOST:PORT/v1#NAME")
-    if "@" in parts.netloc:  # it would be stored with the plan
+    host = url.partition("//")[2].partition("/")[0]
+    try:
+        parts, _ = urlsplit(url), httpx2.URL(url)
+        has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_url = has_host and not parts.query and " " not in url
+    except (ValueError, httpx2.InvalidURL):  # urlsplit's for brackets and ports
+        is_url = False
+    if "@" in (host if is_url else url):  # it would be stored with the plan
         raise UserError(f"an endpoint's address has no user name and no password: put the key into {KEY_VARIABLE}")
+    if not is_url:
+        raise UserError(f"{text}: an endpoint is written as {ENDPOINT}http://HOST:PORT/v1#NAME")
     path = parts.path.rstrip("/") or "/v1"
     return Address(url=parts._replace(path=path).geturl(), name=name or None)
 
@@ -114,14 +128,8 @@ class Client:
     def __init__(self, address: Address, *, timeout_s: float | None = None) -> None:
         self.address = address
         self.timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+        self._http = _connections(address, self.timeout_s)
         self._loop = asyncio.new_event_loop()
-        key = os.environ.get(KEY_VARIABLE)
-        self._http = httpx2.AsyncClient(
-            base_url=address.url,
-            headers={"Authorization": f"Bearer {key}"} if key else None,
-            timeout=httpx2.Timeout(self.timeout_s, connect=min(CONNECT_S, self.timeout_s), pool=None),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=None),
-        )
         thread = threading.Thread(target=_run_loop, args=(self._loop,), name="requests", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _end_loop, self._loop, self._http, thread)
@@ -216,7 +224,7 @@ class Client:
                 if not response.is_success:
                     await response.aread()
                     raise self._refusal(response)
-                return await read_stream(response.aiter_lines(), now)
+                return await read_stream(read_lines(response.aiter_bytes()), now)
         except Broken as error:
             raise _Failed("broken reply", str(error)) from error
         except httpx2.RequestError as error:
@@ -234,6 +242,8 @@ class Client:
 
     def _refusal(self, response: httpx2.Response) -> Exception:
         status, text = response.status_code, error_text(response.text)
+        if response.has_redirect_location:
+            text = f"moved to {response.headers['location']}: give the address that answers itself"
         said = f"status {status}" + (f" ({text})" if text else "")
         if status in NO_ENTRY:
             return self._error(f"{said}: put its key into {KEY_VARIABLE}", status)
@@ -262,6 +272,25 @@ class Client:
             future.cancel()
 
 
+def _connections(address: Address, timeout_s: float) -> httpx2.AsyncClient:
+    """What sends the requests. UserError for a key, proxies or certificates of the environment that cannot be used."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"{KEY_VARIABLE} holds characters that are in no key")
+    try:
+        return httpx2.AsyncClient(
+            base_url=address.url,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+            timeout=httpx2.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=None),
+        )
+    except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
+        raise UserError(
+            f"{address.url}: what the environment says of proxies (HTTP_PROXY, ALL_PROXY) or certificates "
+            f"(SSL_CERT_FILE) cannot be used: {error}"
+        ) from error
+
+
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
     loop.close()
@@ -288,7 +317,7 @@ def _told(read: Callable[[Any], T], content: object) -> T:
 
 def _seconds_of(retry_after: str | None) -> float | None:
     """How long a server asks to be left alone, in seconds or until a date; None if it says nothing readable."""
-    if retry_after is None or retry_after.strip().isdigit():
+    if retry_after is None or retry_after.strip().isdecimal():
         return float(retry_after) if retry_after else None
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())

@@ -99,10 +99,13 @@ def _of_prompt(choice: Mapping[str, object], ids: Sequence[int]) -> list[TokenLo
         return None
     found = []
     for token, row in zip(ids[1:], rows[1:], strict=True):
-        own = row.get(str(token)) if isinstance(row, dict) else None
-        if not isinstance(own, dict) or not isinstance(own.get("logprob"), int | float):
+        told = row.items() if isinstance(row, dict) else ()
+        nats = {key: float(one["logprob"]) for key, one in told if isinstance(one, dict) and _is_number(one, "logprob")}
+        own = nats.get(str(token))
+        if own is None:
             return None
-        found.append((float(own["logprob"]), own.get("rank") == 1))
+        rank = row[str(token)].get("rank")
+        found.append((own, own >= max(nats.values()) if rank is None else rank == 1))
     return found
 
 
@@ -118,5 +121,10 @@ def _of_echo(choice: Mapping[str, object], num_prompt_tokens: int) -> list[Token
     for nats, others in zip(own[1:num_prompt_tokens], top[1:num_prompt_tokens], strict=False):
         if not isinstance(nats, int | float) or not isinstance(others, dict):
             return None
-        found.append((float(nats), nats >= max(others.values(), default=nats)))
+        likeliest = max((others[key] for key in others if _is_number(others, key)), default=nats)
+        found.append((float(nats), nats >= likeliest))
     return found
+
+
+def _is_number(table: Mapping[str, Any], key: str) -> bool:
+    return isinstance(table.get(key), int | float)

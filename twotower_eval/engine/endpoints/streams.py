@@ -14,6 +14,7 @@ from typing import Any, cast
 DATA, DONE = "data:", "[DONE]"
 REASONING = ("reasoning_content", "reasoning")
 SHOWN = 200  # characters of a server's own message
+GIVEN_UP = ("abort", "error")  # what servers call the end of an answer that they did not finish
 TOGETHER = 0.1  # of the mean gap between pieces: pieces that lie closer arrived together
 Seconds = Callable[[], float]
 
@@ -70,7 +71,7 @@ def error_text(body: str) -> str:
     """A server's own error message from its body: OpenAI's form, FastAPI's, or the beginning of whatever it is."""
     try:
         said: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = body
     for name in ("error", "detail", "message"):
         while isinstance(said, dict) and name in said:
@@ -83,7 +84,7 @@ def read_document(body: bytes) -> dict[str, object]:
     """A JSON object. Broken for anything else."""
     try:
         said = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # too many brackets
         raise Broken(f"its reply is no JSON ({body[:60].decode('utf-8', 'replace')!r})") from error
     if not isinstance(said, dict):
         raise Broken("its reply is no JSON object")
@@ -92,15 +93,51 @@ def read_document(body: bytes) -> dict[str, object]:
 
 def read_reply(said: Mapping[str, object]) -> Reply:
     """The reply in a whole document. Broken where it holds no finished answer."""
-    if "error" in said:
+    if said.get("error"):
         raise Broken(f"its reply is an error: {error_text(json.dumps(said))}")
     choice = first_choice(said)
     text, finish = _text_of(choice), choice.get("finish_reason")
     if choice is None or text is None or not isinstance(finish, str):
         raise Broken("its reply holds no finished answer")
     return Reply(
-        text=text, finish=finish, reasoning=_reasoning_of(choice), **_stop_of(choice), **_usage(said), choice=choice
+        text=_paired(text),
+        finish=_finished(finish),
+        reasoning=_paired(_reasoning_of(choice)),
+        **_stop_of(choice),
+        **_usage(said),
+        choice=choice,
     )
+
+
+async def read_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines of a stream. Broken for bytes that are no UTF-8.
+
+    They end with a line feed alone: a text in JSON may hold what Python calls the end of a line, too, such as U+2028.
+    """
+    rest = b""
+    async for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n") if b"\n" in piece else (rest + piece,)
+        for line in whole:
+            yield _decoded(line)
+    yield _decoded(rest)
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode().removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise Broken(f"its stream is no UTF-8 ({line[:60].decode('utf-8', 'replace')!r})") from error
+
+
+def _paired(text: str) -> str:
+    """A text whose characters beyond U+FFFF may have been sent in two halves, one behind the other."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _finished(finish: str) -> str:
+    if finish in GIVEN_UP:
+        raise Broken(f"its answer is not finished: the server ended it with finish_reason {finish!r}")
+    return finish
 
 
 async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
@@ -111,16 +148,17 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
     finish: str | None = None
     stop: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    done = False
+    done, num_events = False, 0
     async for line in lines:
-        if not line.startswith(DATA):
+        content = line[len(DATA) :].strip() if line.startswith(DATA) else ""
+        if not content:
             continue
-        content = line[len(DATA) :].strip()
+        num_events += 1
         if content == DONE:
             done = True
             break
         event = read_document(content.encode())
-        if "error" in event:
+        if event.get("error"):
             raise Broken(f"its stream reports an error: {error_text(content)}")
         if event.get("usage"):
             counts = _usage(event)
@@ -132,12 +170,14 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
             thoughts.append(thought)
         if isinstance(choice.get("finish_reason"), str):
             finish, stop = str(choice["finish_reason"]), _stop_of(choice)
+    if not num_events:
+        raise Broken("its reply is no stream of events, which timing needs")
     if finish is None:
         raise Broken(f"its stream {'says no reason for its end' if done else 'is cut off'} after {len(texts)} pieces")
     return Reply(
-        text="".join(texts),
-        finish=finish,
-        reasoning="".join(thoughts),
+        text=_paired("".join(texts)),
+        finish=_finished(finish),
+        reasoning=_paired("".join(thoughts)),
         **stop,
         **counts,
         arrivals_s=tuple(arrivals_s),

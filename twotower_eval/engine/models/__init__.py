@@ -184,15 +184,32 @@ def _check_served(source: Source, family: str | None) -> None:
         raise UserError(f"{source}: family {family} reads files, and a server gives none: leave the family out")
 
 
+def check_device_name(name: str) -> None:
+    """UserError for what torch does not know as a device, and for one that computes nothing."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise _unusable(name, error) from error
+    if kind == "meta":
+        raise UserError(f"device {name!r} cannot be used here: its tensors have no values")
+
+
 def check_device(name: str) -> None:
     """UserError for a device that torch does not know or that is not available."""
     import torch
 
+    check_device_name(name)
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch raises either
-        reason = str(error).strip().splitlines()[0].partition(". ")[0]  # behind it torch lists every backend
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from error
+        raise _unusable(name, error) from error
+
+
+def _unusable(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0].partition(". ")[0]  # behind it torch lists every backend
+    return UserError(f"device {name!r} cannot be used here: {reason}")
 
 
 def load_model(
