@@ -720,7 +720,9 @@ class PromptTiming:
     """Counts of one prompt within one timed call; ``finish_s`` is from the call's start to its last useful id.
 
     Where an arm of the run is behind a server, ``num_recounted`` are the useful tokens of the answer's text by the one
-    tokenizer that counts those of both arms. ``served`` says how a server gave the answer.
+    tokenizer that counts those of both arms. ``served`` says how a server gave the answer. ``num_lookup_passes`` are
+    the passes in which a prompt lookup finds the answer, which depend on prompt and answer alone; None where every
+    token takes a forward of its own, and for denoisers.
     """
 
     prompt_id: str
@@ -736,6 +738,7 @@ class PromptTiming:
     num_draft_forwards: Count | None = field(default=None, metadata=LEFT_OUT)
     num_recounted: Count | None = field(default=None, metadata=LEFT_OUT)
     served: Served | None = field(default=None, metadata=LEFT_OUT)
+    num_lookup_passes: Count | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def num_useful(self) -> int:

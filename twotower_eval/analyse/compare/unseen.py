@@ -7,7 +7,8 @@ two different prompts are never compared. Compared are
   token of every timed prompt on its first reading (in the warm-up as a rule) over those of all later readings;
 - similar prompts, by forwards per token: new probes against timed prompts of the same task and about the same length.
   Documents that are not timed are similar. Prompts made up of two documents are not: there, only far more forwards
-  than honest decoders need for such text count;
+  than honest decoders need for such text count. Of decoders that draft, only what they need beyond a lookup in prompt
+  and answer counts: drafts are right where a text repeats itself, which new prompts may do less;
 - similar prompts, forward by forward: the seconds of a new probe over those that its own forwards take alone, against
   the same ratio of timed prompts, and against the same of the other arm on that probe.
 """
@@ -15,7 +16,7 @@ two different prompts are never compared. Compared are
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import exp, log
@@ -49,28 +50,47 @@ class Memory:
     """By how much an arm takes longer on new prompts than on prompts that it has read; 1 where it remembers nothing.
 
     ``seconds`` and ``forwards``: the same prompt read again. ``documents`` and ``made_up``: forwards per token of new
-    prompts against similar timed ones. ``forward_s``: seconds of equal forwards.
+    prompts against similar timed ones; the same ``beyond`` the passes of a prompt lookup, which repetitions explain, of
+    decoders that draft. ``forward_s``: seconds of equal forwards.
     """
 
     seconds: Measured = NOTHING
     forwards: Measured = NOTHING
     documents: Measured = NOTHING
     made_up: Measured = NOTHING
+    documents_beyond: Measured = NOTHING
+    made_up_beyond: Measured = NOTHING
     forward_s: Measured = NOTHING
 
     def exceeds(self, limit: float) -> bool:
         """Whether any of these lies above the limit by its lower bound."""
-        alike = (self.seconds, self.forwards, self.documents, self.forward_s)
-        bounds = [*((one, limit) for one in alike), (self.made_up, FAR)]
+        bounds = [(one, limit) for one in (self.seconds, self.forwards, self.forward_s)]
+        bounds += [(one, most) for one, most in self._new(limit)]
         return any(one.estimate is not None and one.estimate.low > most for one, most in bounds)
+
+    def _new(self, limit: float) -> Iterator[tuple[Measured, float]]:
+        """Forwards per token of new prompts, each with its limit; those that repetitions leave over, where they are
+        known and fewer."""
+        for plain, beyond, most in (
+            (self.documents, self.documents_beyond, limit),
+            (self.made_up, self.made_up_beyond, FAR),
+        ):
+            yield (beyond if is_explained(plain, beyond) else plain), most
 
     def tells(self, limit: float) -> bool:
         """Whether a gain above the limit would have been noticed, in seconds and forwards of prompts read again and on
         new prompts of either kind, where there were any.
         """
         again = all(_is_below(one, limit) for one in (self.seconds, self.forwards))
-        new = [_is_below(one, most) for one, most in ((self.documents, limit), (self.made_up, FAR)) if one.estimate]
+        new = [_is_below(one, most) for one, most in self._new(limit) if one.estimate]
         return again and (not new or any(new))
+
+
+def is_explained(plain: Measured, beyond: Measured) -> bool:
+    """Whether repetitions are known, and explain some of the forwards that new prompts need more."""
+    if plain.estimate is None or beyond.estimate is None:
+        return False
+    return beyond.estimate.value < plain.estimate.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +153,15 @@ def _memory(
     new = [one.new for one in probes.values() if (one.new.launch_id, one.new.round) in there.rounds]
     counted = any(sample.passes for run in runs for sample in run.speed_of({cell.id}))
     more = [(one.held_out, _beyond_like(one, grids[0], there, _forwards_per_token)) for one in new] if counted else []
+    drafts = counted and all(map(_has_lookup, new)) and _drafts([*grids[0].values()])
+    beyond = [(one.held_out, _beyond_like(one, grids[0], there, _beyond_lookup)) for one in new] if drafts else []
     return Memory(
         seconds=_mean(_gains(list(probes.values()), grids[1], there)),
         forwards=_mean(_first_readings(runs, cell)) if counted else Measured(estimate=None, reason=NOT_COUNTED),
-        documents=_mean([beyond for held_out, beyond in more if held_out]),
-        made_up=_mean([beyond for held_out, beyond in more if not held_out]),
+        documents=_mean([times for held_out, times in more if held_out]),
+        made_up=_mean([times for held_out, times in more if not held_out]),
+        documents_beyond=_mean([left for held_out, left in beyond if held_out]),
+        made_up_beyond=_mean([left for held_out, left in beyond if not held_out]),
         forward_s=_mean(_of_equal_forwards(runs, cell, new, grids, there, other)),
     )
 
@@ -237,6 +261,23 @@ def _forwards_per_token(sample: SpeedSample) -> float:
     """Logarithm of the forwards per token of a call."""
     num_tokens = sum(prompt.num_tokens for prompt in sample.prompts)
     return log(max(NO_FORWARD, sum(one.num for one in sample.passes)) / max(1, num_tokens))
+
+
+def _has_lookup(sample: SpeedSample) -> bool:
+    return all(prompt.num_lookup_passes is not None for prompt in sample.prompts)
+
+
+def _drafts(timed: Sequence[SpeedSample]) -> bool:
+    """Whether answers take fewer forwards than they have tokens, and it is known in how many a lookup finds them."""
+    num_forwards = sum(one.num for sample in timed for one in sample.passes)
+    num_tokens = sum(max((prompt.num_tokens for prompt in sample.prompts), default=0) for sample in timed)
+    return num_forwards < num_tokens and all(map(_has_lookup, timed))
+
+
+def _beyond_lookup(sample: SpeedSample) -> float:
+    """Logarithm of the forwards of a call over those in which a prompt lookup finds its answers."""
+    by_lookup = max((prompt.num_lookup_passes or 0 for prompt in sample.prompts), default=0)
+    return log(max(NO_FORWARD, sum(one.num for one in sample.passes)) / max(1, by_lookup))
 
 
 def _tasks(prompt_ids: Iterable[str]) -> list[str]:

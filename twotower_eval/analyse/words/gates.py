@@ -11,7 +11,7 @@ from twotower_eval.analyse.compare.contradiction import Contradiction, Contradic
 from twotower_eval.analyse.compare.fairness import Busy, BusyFault, NullFault
 from twotower_eval.analyse.compare.figures import PERCENT, TIMES, Measured, compared, interval
 from twotower_eval.analyse.compare.residual import ResidualFault
-from twotower_eval.analyse.compare.unseen import FAR, Memory
+from twotower_eval.analyse.compare.unseen import FAR, Memory, is_explained
 from twotower_eval.analyse.words.facts import fact_text, generate_text, share_text
 from twotower_eval.names import plural
 from twotower_eval.records import Estimate
@@ -239,13 +239,14 @@ def _probes(fact: facts.Probes) -> str:
         f"repeated prompts: {again} as on the first reading{at_most}",
         f"the candidate makes {first}{at_most}",
     ]
-    for one, kind, most in (
-        (own.documents, "untimed documents", at_most),
-        (own.made_up, "made-up prompts", f" (limit {FAR:g}x)"),
+    for one, beyond, kind, most in (
+        (own.documents, own.documents_beyond, "untimed documents", at_most),
+        (own.made_up, own.made_up_beyond, "made-up prompts", f" (limit {FAR:g}x)"),
     ):
         if one.estimate is not None:
             calls = f"{one.estimate.n} call{'s' * (one.estimate.n != 1)} on {kind}"
-            lines.append(f"{calls} need {_shown(one)} as many forwards per token as similar timed calls{most}")
+            left = f", {_shown(beyond)} where a prompt lookup needs as many" if is_explained(one, beyond) else ""
+            lines.append(f"{calls} need {_shown(one)} as many forwards per token as similar timed calls{left}{most}")
     if own.forward_s.estimate is not None:
         longer = f"{_shown(own.forward_s)} as long on new prompts as on timed ones"
         lines.append(f"equal forwards of the candidate take {longer}{at_most}")

@@ -210,6 +210,26 @@ class Lookup:
         return len(self._ids)
 
 
+def lookup_passes(prompt: Sequence[int], answer: Sequence[int], params: LookupParams | None = None) -> int:
+    """Passes of a model in which a prompt lookup finds this answer, its prefill included: how often prompt and answer
+    repeat themselves, whoever decodes.
+
+    >>> lookup_passes([1, 2, 3, 4, 1, 2], [3, 4, 1, 2, 3])
+    2
+    >>> lookup_passes([1, 2, 3, 4], [5, 6, 7, 8, 9])
+    5
+    """
+    params = params or LookupParams()
+    lookup, at, num = Lookup(prompt, params.max_matching_ngram_size), 0, 0
+    while at < len(answer):
+        most = min(params.prompt_lookup_num_tokens, len(answer) - at - 1) if num else 0
+        draft = lookup.draft(most) if num else []
+        right = next((i for i, token in enumerate(draft) if token != answer[at + i]), len(draft))
+        lookup.extend(answer[at : at + right + 1])
+        at, num = at + right + 1, num + 1
+    return num
+
+
 class LookupDrafter:
     """Drafts from each row's own tokens."""
 

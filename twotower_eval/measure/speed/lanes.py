@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from twotower_eval.decoder_settings import baseline_spec
 from twotower_eval.engine.decoders import Decoder
@@ -16,6 +17,7 @@ from twotower_eval.engine.decoders.reported import (
     finished,
     generating,
 )
+from twotower_eval.engine.decoders.speculative import LookupParams, lookup_passes
 from twotower_eval.engine.models.chat import chat_extra
 from twotower_eval.engine.models.counting import UncountedForwards
 from twotower_eval.engine.models.protocol import Model, TextCodec, remote
@@ -51,6 +53,7 @@ from twotower_eval.records import (
 from twotower_eval.rules import finite, refuse_same
 from twotower_eval.task_options import run_seed
 
+ONE_BY_ONE = ("autoregressive", "mock_ar", "reference")  # decoders whose tokens each take a forward
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
 
 
@@ -111,6 +114,15 @@ class Lane:
             return len(self.counter.encode(generation.text)) if generation.text else 0
         except UserError:  # a text that this tokenizer cannot read
             return 0
+
+    def lookup_passes(self, generation: Generation, prompt_ids: Sequence[int]) -> int | None:
+        """The passes in which a prompt lookup, with this one's settings if it is one, finds an answer."""
+        spec = self.cell.decoder
+        if spec.kind in ONE_BY_ONE or generation.num_denoiser_forwards or self.cell.checkpoint.served is not None:
+            return None
+        given: Mapping[str, Any] = spec.params
+        params = LookupParams(**given) if spec.kind == "prompt_lookup" else None
+        return lookup_passes(prompt_ids, generation.token_ids, params)
 
     def time(self, call: Call, sample: int) -> Timing:
         """Decode the call once, from prompt ids on the host to the last id on the host."""
@@ -321,7 +333,7 @@ def _cell(plan: SpeedPlan, calls: Sequence[Call], size: Load, arm: _Arm) -> Cell
     return make_cell(arm.arm, checkpoint, arm.spec, workload, extra, arm.name)
 
 
-def prompt_timing(lane: Lane, generation: Generation, wall_s: float) -> PromptTiming:
+def prompt_timing(lane: Lane, generation: Generation, wall_s: float, prompt_ids: Sequence[int] = ()) -> PromptTiming:
     """The timing of one prompt; without a reported finish time, the prompt finishes at the end of the call."""
     return PromptTiming(
         prompt_id=generation.prompt_id,
@@ -336,6 +348,7 @@ def prompt_timing(lane: Lane, generation: Generation, wall_s: float) -> PromptTi
         finish_s=_finish_s(generation, finite(wall_s)),
         tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
         num_recounted=lane.recounted(generation),
+        num_lookup_passes=lane.lookup_passes(generation, prompt_ids),
         served=generation.served,
     )
 

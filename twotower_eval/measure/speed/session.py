@@ -334,7 +334,10 @@ class Session(RoundLoop):
             peak_memory_bytes=timing.peak_memory_bytes,
             peak_memory_reason=timing.peak_memory_reason,
             started_at=started_at,
-            prompts=tuple(prompt_timing(lane, generation, timing.wall_s) for generation in timing.generations),
+            prompts=tuple(
+                prompt_timing(lane, generation, timing.wall_s, prompt_ids)
+                for generation, prompt_ids in zip(timing.generations, lane.ids[call.id], strict=True)
+            ),
             passes=timing.passes,
             cpu_s=timing.busy.cpu_s,
             caller_cpu_s=timing.busy.caller_cpu_s,
