@@ -22,7 +22,7 @@ from twotower_eval.analyse.stats import intervals
 from twotower_eval.errors import UserError
 from twotower_eval.measure import speed, suites
 from twotower_eval.measure.speed import launches, session
-from twotower_eval.measure.speed.rounds import launches_missing, share_of_launch
+from twotower_eval.measure.speed.schedule import launches_missing, share_of_launch
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.plugin_calls import PluginError
 from twotower_eval.progress import SilentProgress

@@ -41,7 +41,7 @@ from twotower_eval.measure.sizing.pairs import ForcedRouting, build_random_pair,
 from twotower_eval.measure.speed import costs
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.measure.speed.conditions import Captures, DevicePeak, device_peak, hint, refuse_uneven
-from twotower_eval.measure.speed.rounds import RoundLoop, whole_rounds
+from twotower_eval.measure.speed.schedule import RoundLoop, whole_rounds
 from twotower_eval.names import config_name, plural
 from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text

@@ -30,7 +30,7 @@ from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, m
 from twotower_eval.measure.speed.costs import TimedParts
 from twotower_eval.measure.speed.lanes import Lane, make_lanes, without_decoders
 from twotower_eval.measure.speed.probes import Probes
-from twotower_eval.measure.speed.rounds import launches_missing, whole_rounds
+from twotower_eval.measure.speed.schedule import launches_missing, whole_rounds
 from twotower_eval.measure.speed.session import Launched, Session, calls_per_round
 from twotower_eval.measure.speed.workloads import (
     Calls,

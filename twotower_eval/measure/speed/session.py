@@ -29,7 +29,7 @@ from twotower_eval.measure.speed.probes import (
     witnessed_row,
     witnessings,
 )
-from twotower_eval.measure.speed.rounds import (
+from twotower_eval.measure.speed.schedule import (
     RoundLoop,
     launches_missing,
     rounds_by_launch,
