@@ -211,7 +211,7 @@ CHANGES = {
         "model = object()",
         "its object lacks checkpoint, context_digest, vocab_size, .*, prefill, extend, next_logits, context_logits; ",
     ),
-    "half": ("model.has_denoiser = True", "its ContextTower lacks denoise, context_tower; docs"),
+    "half": ("model.has_denoiser = True", "its ContextTower lacks denoise; docs"),
     "kind": ("model.eos_token_ids = 2", "eos_token_ids of its ContextTower is a int, not a tuple or list; docs"),
     "shape": (
         "model.next_logits = lambda context: context.last_hidden_BH",

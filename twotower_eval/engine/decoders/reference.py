@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.batch import check_mask, no_denoiser
+from twotower_eval.engine.decoders.batch import check_mask, misfit, no_denoiser
 from twotower_eval.engine.decoders.block_diffusion import Params as BlockParams
 from twotower_eval.engine.decoders.rows import (
     Clock,
@@ -59,6 +59,8 @@ class Reference:
     VERSION = 1
 
     def __init__(self, model: Model, params: _Params, *, clock: Clock | None = None) -> None:
+        if reason := misfit(params.mode, "causal" if params.mode == "autoregressive" else "two towers", model):
+            raise UserError(reason)
         self._pair = None if params.mode == "autoregressive" else two_tower(model, no_denoiser(params.mode))
         if self._pair is not None:
             check_mask(model, f"decoder {params.mode!r}")
