@@ -27,6 +27,7 @@ from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed import conditions
 from twotower_eval.measure.speed.lanes import Lane, Timing
 from twotower_eval.measure.speed.workloads import Call
+from twotower_eval.miniature.export import write_tokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Prompt
 
@@ -247,6 +248,7 @@ def test_an_arm_that_cannot_have_graphs_is_refused_before_anything_loads(
 ):
     """In the other arm alone they would be its handicap."""
     foreign = save_tiny("llama", tmp_path / "llama")
+    write_tokenizer(foreign)
     capsys.readouterr()
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
     chosen = [arm, str(foreign), *(["--model", str(pair)] if arm == "--baseline" else ["--decoder", "autoregressive"])]

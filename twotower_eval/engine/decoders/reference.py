@@ -95,7 +95,8 @@ class Reference:
                 else:
                     new = [self._one(known, generator)]
                     num_denoiser += self.params.mode == "mock_ar"
-                num_context += 1
+                # The denoiser alone reads all but the last token: nothing of a prompt of one, which is no forward.
+                num_context += len(known) > (self.params.mode == "mock_ar")
                 produced.extend(new)
                 if is_finished(produced, len(new), rules):
                     break
