@@ -23,6 +23,7 @@ class Script:
     bodies. Of a ``logprobs`` function of ids the server serves ``ways``. ``gap_s`` passes between pieces, ``slow_s``
     before a slow answer. ``places`` requests are answered at a time, the others wait. ``cached`` says how many tokens
     of a prompt are in a cache. ``refuses`` gives the status of a request that is refused, by how many came before it.
+    ``lingers_s`` is how long a stream stays open behind its own end.
     """
 
     answer: Callable[[str], Sequence[str]] = lambda text: [" four", " five", "."]
@@ -44,8 +45,10 @@ class Script:
     places: int | None = None
     cached: Callable[[int], int] | None = None
     refuses: Callable[[int], Fault | None] = lambda number: None
+    lingers_s: float = 0.0
     # What was seen.
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    num_connections: int = 0
     num_at_once: int = 0
     most_at_once: int = 0
     lock: Any = field(default_factory=threading.Lock)
@@ -57,6 +60,11 @@ class Script:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "_Server"
+
+    def setup(self) -> None:
+        with self.server.script.lock:
+            self.server.script.num_connections += 1
+        super().setup()
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -184,6 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         if usage is not None:
             self._event({"choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
+        time.sleep(script.lingers_s)
         self._chunk(b"")
 
     def _begin_stream(self) -> None:

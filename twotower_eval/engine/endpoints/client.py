@@ -1,7 +1,7 @@
 """Requests to an OpenAI-compatible server: beside each other, tried again a few times, and never silently.
 
-All of them run in one event loop in a thread of its own, which keeps connections open between calls. The caller waits
-in its own thread, so that Ctrl-C stops it at once.
+All of them run in one event loop in a thread of its own, which keeps connections open for a while between calls. The
+caller waits in its own thread, so that Ctrl-C stops it at once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
@@ -38,7 +39,8 @@ T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_TRIES, FIRST_WAIT_S, MAX_WAIT_S = 5, 0.5, 60.0
 PROBE = "One, two, three, four, five, six, seven,"  # any plain text, to try a server with
-TIMEOUT_S, CONNECT_S, CLOSE_S = 600.0, 10.0, 1.0
+TIMEOUT_S, CONNECT_S, CLOSE_S, READ_OUT_S = 600.0, 10.0, 1.0, 0.05
+IDLE_S = 4.0  # servers on uvicorn close what is idle for five: a request that crosses that would be a failed answer
 LATER = (408, 425, 429)  # statuses that may be another one a moment later; so may all from 500 on
 NO_ENTRY = (401, 403)
 Seconds = Callable[[], float]
@@ -195,7 +197,7 @@ class Client:
     async def _or_failure(self, ask: Ask, now: Seconds) -> Reply | Failure:
         sent_s = now()
         try:
-            return replace(await self._once(ask, now), sent_s=sent_s, ended_s=now())
+            return replace(await self._once(ask, now), sent_s=sent_s)
         except _Failed as failed:
             return Failure(fault=failed.fault, detail=failed.detail, sent_s=sent_s, ended_s=now())
 
@@ -204,7 +206,7 @@ class Client:
             sent_s = now()
             try:
                 reply = await self._once(ask, now)
-                return replace(reply, sent_s=sent_s, ended_s=now(), num_retries=attempt - 1)
+                return replace(reply, sent_s=sent_s, num_retries=attempt - 1)
             except _Failed as failed:
                 if attempt == MAX_TRIES:
                     raise self._error(f"{ask.label} failed {attempt} times, at last: {failed.detail}") from failed
@@ -218,13 +220,17 @@ class Client:
 
     async def _once(self, ask: Ask, now: Seconds) -> Reply:
         if not ask.streams:
-            return _told(read_reply, await self._document("POST", ask.path, ask.body))
+            reply = _told(read_reply, await self._document("POST", ask.path, ask.body))
+            return replace(reply, ended_s=now())
         try:
             async with self._http.stream("POST", ask.path, json=ask.body) as response:
                 if not response.is_success:
                     await response.aread()
                     raise self._refusal(response)
-                return await read_stream(read_lines(response.aiter_bytes()), now)
+                lines = read_lines(response.aiter_bytes())
+                reply = await read_stream(lines, now)
+                await _read_out(lines)
+                return reply
         except Broken as error:
             raise _Failed("broken reply", str(error)) from error
         except httpx2.RequestError as error:
@@ -282,7 +288,7 @@ def _connections(address: Address, timeout_s: float) -> httpx2.AsyncClient:
             base_url=address.url,
             headers={"Authorization": f"Bearer {key}"} if key else None,
             timeout=httpx2.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_S),
         )
     except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
         raise UserError(
@@ -306,6 +312,15 @@ def _end_loop(loop: asyncio.AbstractEventLoop, http: httpx2.AsyncClient, thread:
     asyncio.run_coroutine_threadsafe(end(), loop)
     if threading.current_thread() is not thread:
         thread.join(CLOSE_S)
+
+
+async def _read_out(lines: AsyncIterator[str]) -> None:
+    """Read what a server sends behind the end of a stream: a connection serves the next request only once it is empty,
+    and a new one for every request would be on the clock. A server that goes on sending, or breaks, is left."""
+    with suppress(TimeoutError, Broken, httpx2.RequestError):
+        async with asyncio.timeout(READ_OUT_S):
+            async for _ in lines:
+                pass
 
 
 def _told(read: Callable[[Any], T], content: object) -> T:

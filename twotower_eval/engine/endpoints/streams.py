@@ -30,8 +30,8 @@ class Reply:
     ``finish`` is its ``finish_reason``, ``stop_reason`` what else it says of the end: a stop string, a token id, or
     nothing (``tells_stop``: whether it says it at all). Tokens are as the server counts them. ``arrivals_s`` are the
     moments at which pieces of text came, thoughts among them, of a reply that was not streamed none; ``sent_s`` and
-    ``ended_s`` enclose the last attempt. ``choice`` is the whole choice of a reply that was not streamed.
-    ``reasoning`` is what a chat model thought, where the server tells it apart from the answer.
+    ``ended_s`` enclose the last attempt, of a stream up to its own end. ``choice`` is the whole choice of a reply that
+    was not streamed. ``reasoning`` is what a chat model thought, where the server tells it apart from the answer.
     ``num_cached_tokens`` of the prompt were in the server's cache; ``None`` where it does not say.
     """
 
@@ -170,6 +170,7 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
             thoughts.append(thought)
         if isinstance(choice.get("finish_reason"), str):
             finish, stop = str(choice["finish_reason"]), _stop_of(choice)
+    ended_s = now()
     if not num_events:
         raise Broken("its reply is no stream of events, which timing needs")
     if finish is None:
@@ -181,6 +182,7 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
         **stop,
         **counts,
         arrivals_s=tuple(arrivals_s),
+        ended_s=ended_s,
     )
 
 
