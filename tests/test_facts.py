@@ -181,7 +181,6 @@ ALLOWED = {
     "text.split(one, 1)": "a model's answer",
     "text.removeprefix(codec.decode_with_special([bos]))": "a prompt",
     "text.startswith(before)": "a prompt",
-    "'error' in said": "a key of a server's document",
     "quantised.method.partition('_')": "a library's name in a config.json",
     "re.findall('\\\\w+', str(error))": "lm-eval's own error, which has no field",
     "str(error).startswith(('Include cycle', 'Expected YAML dict'))": "lm-eval's own error, which has no field",
