@@ -99,13 +99,3 @@ def test_a_denoiser_is_tried_as_it_is_loaded(wrong: str, tmp_path: Path, monkeyp
     file.write_text(f"import torch\n{text}", encoding="utf-8")
     with pytest.raises(UserError, match=WRONG[wrong]):
         tt.load_model("own", family="own_blocks:load")
-
-
-def test_the_readme_tells_the_same_exact_runs_as_the_page() -> None:
-    root = Path(__file__).parents[1]
-    told = {}
-    for name, heading in (("README.md", "| family | decoder | exact runs"), ("docs/families.md", "| family | `config")):
-        text = (root / name).read_text(encoding="utf-8")
-        table = text[text.index(heading) :].partition("\n\n")[0]
-        told[name] = sorted(re.findall(r"\d+/\d+", table))
-    assert told["README.md"] == told["docs/families.md"] != []

@@ -261,7 +261,7 @@ class Client:
     def _error(self, said: str, status: int | None = None) -> EndpointError:
         return EndpointError(f"{self.address.url}: {said}", status)
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def _run(self, work: Coroutine[object, object, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _waited(self, future: Future[T], path: str) -> T:
