@@ -23,7 +23,8 @@ class Script:
     bodies. Of a ``logprobs`` function of ids the server serves ``ways``. ``gap_s`` passes between pieces, ``slow_s``
     before a slow answer. ``places`` requests are answered at a time, the others wait. ``cached`` says how many tokens
     of a prompt are in a cache. ``refuses`` gives the status of a request that is refused, by how many came before it.
-    ``lingers_s`` is how long a stream stays open behind its own end.
+    Beyond ``max_length`` tokens of prompt and answer a request is refused. ``lingers_s`` is how long a stream stays
+    open behind its own end.
     """
 
     answer: Callable[[str], Sequence[str]] = lambda text: [" four", " five", "."]
@@ -45,6 +46,7 @@ class Script:
     places: int | None = None
     cached: Callable[[int], int] | None = None
     refuses: Callable[[int], Fault | None] = lambda number: None
+    max_length: int | None = None
     lingers_s: float = 0.0
     # What was seen.
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -120,6 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and self._fails(script, fault, body):
             return None
         num_prompt = len(prompt) if isinstance(prompt, list) else script.count(prompt)
+        if script.max_length is not None and num_prompt + _budget(body) > script.max_length:
+            said = f"This model's maximum context length is {script.max_length} tokens."
+            return self._send({"error": {"message": said}}, 400)
         pieces, finish, stop = _ended(list(script.answer(text)), body)
         usage: dict[str, Any] = {"prompt_tokens": num_prompt, "completion_tokens": len(pieces), "total_tokens": 0}
         if script.cached is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from tests.hf_models import save_reading
 from tests.scripted_server import NAME, Script, serving
@@ -33,6 +34,7 @@ from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.errors import UserError
 from twotower_eval.measure import harness
+from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan
 from twotower_eval.plan_sources import check_checkpoints
 from twotower_eval.records import Prompt, Retried, to_json
@@ -470,6 +472,25 @@ def test_log_likelihoods_equal_those_of_the_same_model_here(
         assert other.logprob_nats == pytest.approx(one.logprob_nats, abs=1e-4)
         assert other.is_greedy == one.is_greedy
     assert there[2].is_greedy
+
+
+def test_what_is_scored_leaves_room_for_the_token_that_a_server_makes(script: Script, url: str, llama: Path) -> None:
+    """As lm-eval's own client of such servers has it."""
+    codec = load_model(llama).tokenizer
+    assert codec is not None
+    script.decode, script.count, script.ways = codec.decode, lambda text: len(codec.encode(text, True)), ("echo",)
+    script.logprobs = lambda ids: [[-1.0] * 1000 for _ in ids]
+    script.max_length, script.listed = 128, [{"id": NAME, "max_model_len": 128}]
+    model = load_model(url, tokenizer=llama)
+    lm = HarnessLM(model, scorer=make_scorer(model, "exact"))
+    text = " ".join(f"word {number}" for number in range(60))
+    asked = [Instance("loglikelihood", {}, (text, " more"), 0, metadata=("own", 0, 1))]
+    assert lm.loglikelihood(asked)
+    assert len(script.bodies[-1]["prompt"]) == 127
+    whole = [Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("own", 0, 1))]
+    [nats] = HarnessLM(model, scorer=make_scorer(model, "exact")).loglikelihood_rolling(whole)
+    assert nats == -len(codec.encode(text, True))  # every token once
+    assert max(len(body["prompt"]) for body in script.bodies) == 127
 
 
 def test_log_probabilities_of_others_that_are_null_or_unranked_are_no_trap() -> None:

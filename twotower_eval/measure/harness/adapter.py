@@ -27,7 +27,7 @@ from twotower_eval.engine.decoders.reported import (
 from twotower_eval.engine.models import tokenizer
 from twotower_eval.engine.models.chat import ChatTemplate, format_of, with_answer
 from twotower_eval.engine.models.counting import UncountedForwards, watched_in_place
-from twotower_eval.engine.models.protocol import Model, text_codec
+from twotower_eval.engine.models.protocol import Model, remote, text_codec
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.engine.scorers.pieces import Piece, ScoreRequest
 from twotower_eval.errors import UserError
@@ -367,7 +367,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         ids = self.tok_encode(text)
         if not ids:
             raise UserError("the text is empty, so there is nothing to score: leave the document out")
-        width = self.model.max_length or len(ids)
+        longest = self._longest_scored
+        width = len(ids) if longest is None else longest - 1
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
@@ -380,14 +381,25 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return requests
 
     def _room_for(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[int, ...]:
-        """The end of the context that fits before the continuation, whose last token is predicted but never read."""
-        longest = self.model.max_length
-        if longest is None or len(context) + len(continuation) <= longest + 1:
+        """The end of the context that fits before the continuation."""
+        longest = self._longest_scored
+        if longest is None or len(context) + len(continuation) <= longest:
             return context
-        room = longest + 1 - len(continuation)
+        room = longest - len(continuation)
         if room < 1:
-            raise UserError(f"a continuation of {len(continuation)} tokens does not fit into {longest} tokens")
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens does not fit into {self.model.max_length} tokens"
+            )
         return context[-room:]
+
+    @property
+    def _longest_scored(self) -> int | None:
+        """The most tokens of context and continuation together. The last one is predicted and never read; but a server
+        reads it, and makes one more behind it."""
+        longest = self.model.max_length
+        if longest is None:
+            return None
+        return longest - 1 if remote(self.model) else longest + 1
 
     def _missing(
         self, numbered: Sequence[tuple[Instance, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]
