@@ -9,7 +9,8 @@ from twotower_eval.api.given import plan_of
 from twotower_eval.decoder_settings import baseline_spec
 from twotower_eval.engine.decoders import decoder_spec
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import load_plan, merge, plan_from_json
 from twotower_eval.records import to_json
 
 KIND = "tests.two_parameters:Impatient"

@@ -19,8 +19,9 @@ from twotower_eval.engine.models.chat import attach_format, has_chat_template, l
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.suites import resolve_tasks
-from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.plan_chat import chat_options
+from twotower_eval.plan_files import plan_from_json
 from twotower_eval.records import ChatOptions, to_json
 from twotower_eval.sources import read_source
 

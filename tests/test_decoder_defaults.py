@@ -17,7 +17,8 @@ from twotower_eval.analyse.report.provenance import plan_of as plan_of_verb
 from twotower_eval.api.given import plan_of
 from twotower_eval.decoder_settings import block_sizes, cross_decoders, given_settings
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import load_plan, plan_from_json
 from twotower_eval.records import DecoderSpec, Workload, to_json
 
 OLD: dict[str, Any] = {"block_sizes": [16], "steps": ["auto"], "thresholds": [0.8]}  # as manifests used to hold them

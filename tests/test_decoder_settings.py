@@ -14,7 +14,8 @@ from twotower_eval import cli
 from twotower_eval.api.given import plan_of
 from twotower_eval.decoder_settings import block_sizes, cross_decoders, parse_set, set_text, typed_settings
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan
+from twotower_eval.plan_files import load_plan, merge, plan_from_json
 from twotower_eval.records import to_json
 
 KIND = "tests.two_parameters:Impatient"

@@ -11,7 +11,8 @@ from huggingface_hub import constants
 
 from twotower_eval.errors import UserError
 from twotower_eval.hub import snapshot
-from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan, each_baseline, load_plan, merge
+from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan, each_baseline
+from twotower_eval.plan_files import load_plan, merge
 from twotower_eval.plan_sources import arm_sources, check_checkpoints
 from twotower_eval.sources import located, read_source
 

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan_chat": {"task_options"},
     "plan_speed": {"plan_baselines", "plan_fields"},
     "plan": {"decoder_settings", "plan_baselines", "plan_chat", "plan_fields", "plan_speed", "task_options"},
+    "plan_files": {"decoder_settings", "plan", "plan_baselines", "plan_fields"},
     "plan_sources": {"plan", "plan_baselines"},
     "store": set(),
     "plugin_calls": set(),
@@ -56,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     # measure
     "suites": {"task_options"},
     "chosen": {"plan", "plan_baselines", "plan_sources", "decoder_settings", "usual", "models"},
-    "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
-    | {"progress", "suites", "scorers", "usual", *ENGINE},
+    "harness": {"plan", "plan_chat", "plan_files", "plan_sources", "task_options", "chosen", "decoder_settings"}
+    | {"rules", "store", "progress", "suites", "scorers", "usual", *ENGINE},
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"plan_speed", "progress", "endpoints", *ENGINE},
     "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
@@ -70,12 +71,13 @@ ALLOWED: dict[str, set[str]] = {
     "words": {"rules", "stats", "compare"},
     "claims": {"plan", "rules", "decoder_settings", "store", "stats", "compare", "words"},
     "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"}
-    | {"decoder_settings", "plan_baselines", "task_options", "usual"},
+    | {"decoder_settings", "plan_baselines", "plan_files", "task_options", "usual"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "families", "decoders"},
     "api": {
         "usual",
         "plan",
+        "plan_files",
         "plan_sources",
         "plan_fields",
         "decoder_settings",
@@ -93,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     }
     | {"compare", "claims", "words", "report", "miniature", "lm_eval"},
     "lm_eval": {"plan", "plan_chat", "decoder_settings", "chosen", "harness", "suites", "usual", *ENGINE},
-    "cli": {"plan", "plan_baselines", "plan_fields", "decoder_settings", "task_options", "store", "api"},
+    "cli": {"plan", "plan_baselines", "plan_fields", "plan_files", "decoder_settings", "task_options", "store", "api"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {

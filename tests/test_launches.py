@@ -23,7 +23,8 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure import speed, suites
 from twotower_eval.measure.speed import launches, session
 from twotower_eval.measure.speed.schedule import launches_missing, share_of_launch
-from twotower_eval.plan import SpeedPlan, plan_from_json
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan_files import plan_from_json
 from twotower_eval.plugin_calls import PluginError
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import SpeedSample

@@ -11,7 +11,8 @@ from twotower_eval import resources
 from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import resolve
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import load_plan, merge, plan_from_json
 from twotower_eval.plan_sources import baseline_source, model_source
 from twotower_eval.records import to_json
 

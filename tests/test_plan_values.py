@@ -14,7 +14,8 @@ from twotower_eval import cli
 from twotower_eval.api.given import plan_of
 from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan_files import load_plan
 from twotower_eval.records import Checkpoint, Workload, make_cell
 
 CHECKPOINT = Checkpoint(

@@ -14,7 +14,8 @@ from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.engine import models
 from twotower_eval.errors import UserError
 from twotower_eval.measure import harness, speed, suites
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, named_baselines
+from twotower_eval.plan import RunPlan, SpeedPlan, named_baselines
+from twotower_eval.plan_files import load_plan
 from twotower_eval.progress import SilentProgress
 
 TASKS = ("miniature_sort",)

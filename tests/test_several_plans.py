@@ -8,8 +8,9 @@ import pytest
 
 from twotower_eval.cli.options import read
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SpeedPlan, each_baseline, merge, named_baselines, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan, each_baseline, named_baselines
 from twotower_eval.plan_baselines import table_of, table_text
+from twotower_eval.plan_files import merge, plan_from_json
 from twotower_eval.records import to_json
 
 

@@ -23,7 +23,8 @@ from twotower_eval.engine.models.tokenizer import Tokenizer
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, torch_threads
 from twotower_eval.measure.speed.workloads import encode_calls, make_calls, untimed_tasks_text
-from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import plan_from_json
 from twotower_eval.progress import Advance, SilentProgress
 from twotower_eval.records import Prompt, SpeedSample, canonical_json, sha256_text
 

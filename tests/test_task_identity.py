@@ -14,7 +14,8 @@ from twotower_eval import store
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.measure.suites.parts import with_imports
-from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import plan_from_json
 from twotower_eval.store import environment
 
 YAML = """

@@ -13,7 +13,8 @@ from twotower_eval import store
 from twotower_eval.analyse import report
 from twotower_eval.errors import UserError
 from twotower_eval.measure import harness, suites
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import load_plan
 from twotower_eval.records import Override
 from twotower_eval.rules import override_lines
 from twotower_eval.task_options import read_gen_kwargs, read_seed, seeds_of

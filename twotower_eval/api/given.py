@@ -24,8 +24,9 @@ from twotower_eval.decoder_settings import (
     typed_settings,
 )
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.plan_fields import list_fields
+from twotower_eval.plan_files import load_plan, merge, plan_from_json
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import AUTO, Verb, verb_of
 from twotower_eval.sources import ENDPOINT, located, read_source

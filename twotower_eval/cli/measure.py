@@ -15,7 +15,8 @@ from twotower_eval.cli.options import RESULTS, TRAINING, Given, Out, PlanFile, R
 from twotower_eval.cli.runs import EXIT_INTERRUPTED, resumable
 from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, is_older_sizing_plan
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan_files import is_older_sizing_plan
 from twotower_eval.records import verb_of
 from twotower_eval.task_options import OTHER_SEED
 

@@ -21,8 +21,9 @@ from twotower_eval.analyse.report.rendering import Column, frame_of, ids, markdo
 from twotower_eval.analyse.report.text import Section, bullets, code, count, details, escape, run_list
 from twotower_eval.decoder_settings import USUAL, given_settings, set_text
 from twotower_eval.errors import UserError
-from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
+from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
+from twotower_eval.plan_files import plan_from_json
 from twotower_eval.records import (
     Arm,
     Cell,

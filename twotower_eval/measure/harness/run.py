@@ -36,7 +36,8 @@ from twotower_eval.measure.harness.scoring import aggregate_rows, aggregates_of,
 from twotower_eval.measure.suites import BuiltTask, lm_tasks
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
-from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_files import plan_from_json
 from twotower_eval.plan_sources import arm_sources, model_source
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, Retried, RunManifest, Score, Witnessed, derive_seed, draws, to_json
