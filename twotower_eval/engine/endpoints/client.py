@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -35,6 +35,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.records import RequestFault, Retried
 from twotower_eval.sources import ENDPOINT
 
+C = TypeVar("C")
 T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_TRIES, FIRST_WAIT_S, MAX_WAIT_S = 5, 0.5, 60.0
@@ -124,6 +125,9 @@ class _Failed(Exception):
         self.fault, self.detail, self.wait_s, self.status = fault, detail, wait_s, status
 
 
+Heard = SimpleQueue[tuple[int, Reply | Failure] | Retried | None]  # what the loop's thread tells the caller's
+
+
 class Client:
     """One server. ``timeout_s`` is how long it may be silent; a server that takes no connection is given up sooner."""
 
@@ -164,7 +168,7 @@ class Client:
         ``MAX_TRIES`` times; the others are then given up. With ``on_failure`` each is asked once, and it hears of those
         that failed. Moments in the replies are ``now()``.
         """
-        heard: SimpleQueue[tuple[int, Reply | Failure] | Retried | None] = SimpleQueue()
+        heard: Heard = SimpleQueue()
         once = on_failure is not None
         future = self._run(self._all(asks, at_once or max(1, len(asks)), heard, now, once))
         future.add_done_callback(lambda _: heard.put(None))
@@ -180,7 +184,7 @@ class Client:
         finally:
             future.cancel()
 
-    async def _all(self, asks: Sequence[Ask], at_once: int, heard: SimpleQueue[Any], now: Seconds, once: bool) -> None:
+    async def _all(self, asks: Sequence[Ask], at_once: int, heard: Heard, now: Seconds, once: bool) -> None:
         places, began_s = asyncio.Semaphore(at_once), now()
 
         async def one(index: int, ask: Ask) -> None:
@@ -201,7 +205,7 @@ class Client:
         except _Failed as failed:
             return Failure(fault=failed.fault, detail=failed.detail, sent_s=sent_s, ended_s=now())
 
-    async def _until_answered(self, ask: Ask, heard: SimpleQueue[Any], now: Seconds) -> Reply:
+    async def _until_answered(self, ask: Ask, heard: Heard, now: Seconds) -> Reply:
         for attempt in range(1, MAX_TRIES + 1):
             sent_s = now()
             try:
@@ -323,7 +327,7 @@ async def _read_out(lines: AsyncIterator[str]) -> None:
                 pass
 
 
-def _told(read: Callable[[Any], T], content: object) -> T:
+def _told(read: Callable[[C], T], content: C) -> T:
     try:
         return read(content)
     except Broken as error:
