@@ -132,6 +132,8 @@ def test_without_a_decoder_a_pair_decodes_in_blocks_and_a_tower_token_by_token(p
     alone = TwoTowerLM.create_from_arg_obj({"pretrained": str(pair), "tower": "context"}, {"device": "cpu"})
     assert alone.spec.kind == "autoregressive"
     assert alone.kind == "exact"
+    short = TwoTowerLM.create_from_arg_string(f"pretrained={pair},decoder=ar")
+    assert short.spec == alone.spec
     sampled = TwoTowerLM.create_from_arg_string(f"pretrained={pair},temperature=0.5")
     assert sampled.spec.params["temperature"] == 0.5
 
@@ -148,6 +150,7 @@ def test_lm_eval_finds_it_and_keeps_its_own(pair: Path) -> None:
         (f"pretrained=x,{SETTING},treshold=0.9", r"no argument 'treshold' \(did you mean 'threshold'\?\)"),
         ("pretrained=x,decoder=block_difusion", "did you mean block_diffusion"),
         ("pretrained=no/such,decoder=autoregressive", "no/such"),
+        ("pretrained=miniature,decoder=ar,seed=few", "seed must be a whole number of at least 0, not 'few'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: str, says: str) -> None:

@@ -18,7 +18,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import simple_parse_args_string
 
-from twotower_eval.decoder_settings import cross_decoders
+from twotower_eval.decoder_settings import SHORT_NAMES, cross_decoders
 from twotower_eval.engine.decoders import decoder_class, from_spec
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.chat import Messages, attach_format, format_of, load_format
@@ -62,7 +62,8 @@ class TwoTowerLM(HarnessLM):
         running = {name: given.pop(name) for name in RUNNING if given.get(name) is not None}
         self._asking = _chat_options({name: given.pop(name) for name in ASKING if name in given})
         self._source = _source(loading)
-        kind = None if running.get("decoder") is None else str(running["decoder"])
+        named = None if running.get("decoder") is None else str(running["decoder"])
+        kind = None if named is None else SHORT_NAMES.get(named, named)
         if kind is not None:
             _refuse_unknown(kind, given)  # before weights are loaded
         model = _loaded(loading)
@@ -79,7 +80,7 @@ class TwoTowerLM(HarnessLM):
             scorer=make_scorer_of(model, scored_by, spec),
             kind=scored_by,
             batch_size=_batch_size(running.get("batch_size")),
-            seed=int(str(running.get("seed", 0))),
+            seed=_seed(running.get("seed", 0)),
         )
         self.spec: DecoderSpec = spec
         attach_format(model, load_format(self._source, self._asking))  # its template is read where it is asked for
@@ -180,6 +181,13 @@ def _batch_size(given: object) -> int:
         return USUAL_BATCH
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"batch_size must be a whole number of at least 1, or auto, not {text!r}")
+    return int(text)
+
+
+def _seed(given: object) -> int:
+    text = str(given)
+    if not text.isdecimal():
+        raise UserError(f"seed must be a whole number of at least 0, not {text!r}")
     return int(text)
 
 
