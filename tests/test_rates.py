@@ -69,6 +69,7 @@ def test_devices_of_an_arm_count_and_energy_and_memory_are_shown_where_known(tmp
     assert "| energy per 1,000 answers |" in markdown
     assert "| 1,500 J |" in markdown
     assert "| 1.00 GiB |" in markdown
+    assert "the weights of every loaded model among them" in markdown, "it is no arm's own"
     tables = next((tmp_path / "reports").glob("*/tables/rates.csv"))
     assert list(pd.read_csv(tables)["peak_memory_bytes"]) == [2**30, 2**30]
 

@@ -104,7 +104,12 @@ def _table(found: pd.DataFrame) -> str:
             Column(header="A/A null [99 %]", show=interval("baseline_against_itself", times)),
         ]
         if found["baseline_peak_memory_bytes"].notna().any():
-            columns.append(Column(header="its peak memory", show=optional("baseline_peak_memory_bytes", gibibytes)))
+            columns.append(
+                Column(
+                    header="peak memory, all models' weights in it",
+                    show=optional("baseline_peak_memory_bytes", gibibytes),
+                )
+            )
     return markdown(found, columns, left=2 + several + timed)
 
 

@@ -13,7 +13,7 @@ from twotower_eval.analyse.compare.lengths import Lengths
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.alone import model_name
-from twotower_eval.analyse.report.rates import gibibytes
+from twotower_eval.analyse.report.rates import MEMORY, gibibytes
 from twotower_eval.analyse.report.rendering import (
     Column,
     Raw,
@@ -70,7 +70,6 @@ INSIDE = (
     "Within a timed call, medians over the measured calls: until all prompts of the batch are read, and until the "
     "first token of any of them (of block diffusion: the first block) is there."
 )
-MEMORY = " Peak memory is what tensors took at most in any of the calls."
 
 
 def order(point: SpeedPoint) -> tuple[str, int]:

@@ -26,8 +26,9 @@ from twotower_eval.records import Cell
 ANSWERS = 1_000
 LEAD = (
     "In absolute terms. Device time is the seconds of the calls times the devices of the arm{energy}; neither counts "
-    "what the machine does between calls.\n\n"
+    "what the machine does between calls.{memory}\n\n"
 )
+MEMORY = " Peak memory is what tensors took at most during the calls, the weights of every loaded model among them."
 ENERGY = ", energy what these devices drew meanwhile by their own counters"
 
 
@@ -93,7 +94,8 @@ def rates_table(frame: pd.DataFrame, first: str) -> str:
         *known,
     ]
     energy = ENERGY if frame["energy_j_per_1000_answers"].notna().any() else ""
-    return LEAD.format(energy=energy) + markdown(frame, columns, left=2)
+    memory = MEMORY if frame["peak_memory_bytes"].notna().any() else ""
+    return LEAD.format(energy=energy, memory=memory) + markdown(frame, columns, left=2)
 
 
 def rate_columns(frame: pd.DataFrame, without: str = "") -> list[Column]:
