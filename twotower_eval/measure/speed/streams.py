@@ -75,8 +75,7 @@ def time_stream(
     orders = []
     for call, due_s in scheduled:
         [prompt] = lane.prompts(call, number)
-        eos_token_ids = () if call.ignore_eos else lane.model.eos_token_ids
-        stop = call.stop if call.ignore_eos else stops_of(lane.model, call.stop)
+        eos_token_ids, stop = lane.model.eos_token_ids, stops_of(lane.model, call.stop)
         budget = call.max_new_tokens
         orders.append(Order(prompt=prompt, max_new_tokens=budget, eos_token_ids=eos_token_ids, stop=stop, due_s=due_s))
     lane.model.forget()
