@@ -6,19 +6,22 @@ import random
 import re
 import runpy
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report_fixture as made
 import torch
+import transformers
 from family_models import FAMILIES as MASKED
 from family_models import family_model, write_family
 from golden_files import SHIPPED
-from hf_models import save_tiny
+from hf_models import SMALL, save_tiny
 from pages import write_files
-from test_decoders import assert_same, cut_by_hand, model_with_text
+from test_decoders import TOKENIZER, assert_same, cut_by_hand, model_with_text
 from tiny_models import VOCAB
 from tiny_pair import write_pair
 
@@ -57,7 +60,11 @@ ON_FAMILY: list[tuple[str, dict[str, Any], str]] = [
     ("e2d2", {"threshold": 0.3}, "e2d2"),
 ]
 OF_WHOLE_CANVASES = ("low_confidence", "fast_dllm_v1", "dream", "ancestral", "radd")  # every mask of it matters
-DECODER_ENTRIES = [*((kind, params, "") for kind, params in ON_PAIR), *ON_FAMILY]
+ON_TRANSFORMERS: list[tuple[str, dict[str, Any], str]] = [
+    ("static_cache", {}, "transformers"),
+    ("static_cache", {"max_cache_len": 40, "temperature": 0.8}, "transformers"),
+]
+DECODER_ENTRIES = [*((kind, params, "") for kind, params in ON_PAIR), *ON_FAMILY, *ON_TRANSFORMERS]
 EVERY_DECODER = pytest.mark.parametrize(
     ("kind", "params", "family"),
     DECODER_ENTRIES,
@@ -212,8 +219,21 @@ def test_a_diffusion_family_reads_a_block_behind_any_context_alike(name: str) ->
 # --- decoders ------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _llama() -> Any:
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**SMALL, "vocab_size": VOCAB}))
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        model: Any = load_model(folder)
+    model.tokenizer = TOKENIZER
+    return model
+
+
 def model_of(family: str) -> Any:
     """The tiny pair, or a tiny model of a family; with a tokenizer."""
+    if family == "transformers":
+        return _llama()
     return family_model(family) if family else model_with_text("all kinds")
 
 

@@ -63,7 +63,7 @@ def test_the_shipped_pair_passes_and_the_folder_says_so(tmp_path: Path, capsys: 
     assert (found["tokens_per_nfe"].value or 0) > 1
     assert found["batch_equals_single"].limit == 1e-4
     assert {name for name, check in found.items() if check.outcome == "not_checked"} == {
-        "golden_context", "golden_denoiser", "golden_states", "golden_tokens",
+        "golden_context", "golden_denoiser", "golden_states", "golden_tokens", "static_equals_greedy",
     }  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(run.checks) + 1

@@ -7,7 +7,7 @@ import pytest
 from fake_hub import files_in, use_cache, write_cache
 from hf_models import quantised, save_reading
 from own_code import save_own, use_modules
-from pages import DOCS, run_commands
+from pages import DOCS, commands, run_commands
 
 import twotower_eval as tt
 from twotower_eval import cli, store
@@ -120,6 +120,14 @@ def test_speed_with_several_baselines_of_the_hub(here: Path, cache: Path) -> Non
     found = {cell.checkpoint.name: cell.checkpoint.revision for cell in cells if cell.arm == "baseline"}
     assert found == {"example/llama": ref(cache, "main"), "example/llama@v2": ref(cache, "v2")}
     assert {cell.baseline for cell in cells if cell.arm == "baseline"} == {"llama", "llama@v2"}
+
+
+def test_the_static_cache_of_the_page_runs(here: Path, cache: Path) -> None:
+    (own,) = [words for words in commands(PAGE, "Strong baselines") if "static_cache" in words]
+    assert cli.main([*own[1:], "--warmup-rounds", "0"]) == 0
+    (path,) = store.find_runs(here / "results", "speed")
+    decoders = {cell.arm: cell.decoder for cell in store.load(path).manifest.cells}
+    assert decoders["baseline"].params["max_cache_len"] == 256
 
 
 def test_python_takes_the_same_names(here: Path, cache: Path) -> None:

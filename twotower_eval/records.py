@@ -151,13 +151,23 @@ SINGLE_FILE = "model.safetensors"  # a checkpoint's weights, or with several fil
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read
 Params = Mapping[str, Scalar]
+STATIC_CACHE = "static_cache"  # the decoder that steps over buffers of fixed size
 ENDPOINT_FAMILY = "openai"  # of models behind an OpenAI-compatible server
 FAMILY_DECODERS = (
     *("ancestral", "bd3lm", "dream", "e2d2", "entropy_bound", "fast_dllm_v1", "fast_dllm_v2", "llada2"),
     *("low_confidence", "radd", "sdar"),
 )  # of families of diffusion language models besides the two-tower one
 OWN_DECODERS = (
-    *("autoregressive", "prompt_lookup", "draft", "mock_ar", "block_diffusion", "reference", "endpoint"),
+    *(
+        "autoregressive",
+        "prompt_lookup",
+        "draft",
+        "static_cache",
+        "mock_ar",
+        "block_diffusion",
+        "reference",
+        "endpoint",
+    ),
     *FAMILY_DECODERS,
 )
 
@@ -298,6 +308,11 @@ class DecoderSpec:
             raise UserError(f"a decoder's kind must be a name, not {self.kind!r}")
         if not isinstance(self.params, Mapping) or not all(isinstance(name, str) for name in self.params):
             raise UserError(f"decoder {self.kind!r}: params must be a table of parameters, not {self.params!r}")
+
+    @property
+    def own_steps(self) -> str | None:
+        """Whose steps they are, where they cost otherwise than those of other decoders with the same model."""
+        return canonical_json(self.params) if self.kind == STATIC_CACHE else None
 
     @property
     def is_plug_in(self) -> bool:
@@ -764,7 +779,7 @@ class Passes:
             return "prefill", None
         if self.kind == "denoise":
             return "denoise", self.tokens
-        is_step = self.tokens == 1 and decoder.kind == "autoregressive"
+        is_step = self.tokens == 1 and decoder.kind in ("autoregressive", STATIC_CACHE)
         return ("ar_step", None) if is_step else ("context_pass", self.tokens)
 
 

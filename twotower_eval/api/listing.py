@@ -27,6 +27,7 @@ DECODER_SENTENCES = {
     "autoregressive": "One token at a time, by a causal model: the baseline.",
     "prompt_lookup": "Speculative: drafts are looked up in prompt and answer, and verified in one pass.",
     "draft": "Speculative: a smaller model of the same tokenizer drafts, one pass verifies.",
+    "static_cache": "One token at a time over a static cache, with compile for torch.compile.",
     "mock_ar": "The denoiser of a two-tower model, used one token at a time.",
     "block_diffusion": "Two-tower block diffusion with confidence unmasking.",
     "ancestral": "MDLM's samplers: ancestral, with kept predictions, or analytic.",

@@ -100,7 +100,7 @@ def _parts(runs: Sequence[Run], cell: Cell) -> list[CostSample]:
 
 
 def _costs_like(cell: Cell) -> tuple[object, ...]:
-    return (cell.arm, cell.checkpoint, cell.workload)
+    return (cell.arm, cell.checkpoint, cell.workload, cell.decoder.own_steps)
 
 
 def _arm(parts: list[CostSample], samples: Sequence[SpeedSample], block_size: int | None, cell: Cell) -> ArmCosts:

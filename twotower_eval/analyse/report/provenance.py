@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, TypedDict, cast, get_args
@@ -21,6 +21,7 @@ from twotower_eval.analyse.report.rendering import Column, frame_of, ids, markdo
 from twotower_eval.analyse.report.text import Section, bullets, code, count, details, escape, run_list
 from twotower_eval.decoder_settings import USUAL, given_settings, set_text
 from twotower_eval.errors import UserError
+from twotower_eval.names import plural
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
 from twotower_eval.plan_files import plan_from_json
@@ -103,7 +104,7 @@ def _draw(figure: Figure, rows: Sequence[Row]) -> None:
     beside.grid(visible=False)
 
 
-QUIET_EVENTS = {"started", "cell_done", "done", "truncated"}
+QUIET_EVENTS = {"started", "cell_done", "done", "truncated", "compiled"}
 
 
 def setup(runs: Runs) -> Section:
@@ -246,6 +247,7 @@ def _run(run: Run) -> str:
         f"packages: {_flat(manifest.packages)}",
         *map(escape, chosen_lines(manifest)),
         *([f"steps: {_steps(manifest.plan)}"] if "cuda_graphs" in manifest.plan else []),
+        *_compiled(run),
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
         *(f"asked and not done: {escape(line)}" for line in asked_and_not_done(manifest)),
@@ -283,6 +285,14 @@ def thinking_lines(run: Run) -> list[str]:
 def _steps(plan: JsonObject) -> str:
     """Whether small steps were launched as a whole."""
     return "small ones of both arms from CUDA graphs" if plan["cuda_graphs"] else "not from CUDA graphs"
+
+
+def _compiled(run: Run) -> Iterator[str]:
+    """What torch.compile took, which no timed call includes."""
+    found = [event for event in run.events if event.get("kind") == "compiled"]
+    if found:
+        wall_s = sum(number for event in found if isinstance(number := event.get("wall_s"), int | float))
+        yield f"torch.compile: {plural(len(found), 'step')} in {wall_s:.1f} s, outside of all timed calls"
 
 
 def _flat(values: JsonObject) -> str:

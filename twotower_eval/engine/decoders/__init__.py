@@ -26,6 +26,7 @@ DECODERS = {
     "autoregressive": "twotower_eval.engine.decoders.autoregressive:Autoregressive",
     "prompt_lookup": "twotower_eval.engine.decoders.speculative:PromptLookup",
     "draft": "twotower_eval.engine.decoders.draft:Draft",
+    "static_cache": "twotower_eval.engine.decoders.static_cache:StaticCache",
     "mock_ar": "twotower_eval.engine.decoders.autoregressive:MockAR",
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "ancestral": "twotower_eval.engine.decoders.ancestral:Ancestral",

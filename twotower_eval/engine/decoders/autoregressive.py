@@ -30,12 +30,17 @@ class Autoregressive(BatchDecoder[Params]):
     VERSION = 1
 
     def _decode(self, call: Call) -> None:
-        context = call.admit()
-        while context is not None:
-            tokens_B = choose(call.counted.next_logits(context), self.params.temperature, call.noise, context.rows)
-            tokens_B1 = tokens_B[:, None].cpu()
-            going = call.absorb(context.rows, tokens_B1.tolist())
-            context = call.admit(call.extended(context, going, tokens_B1))
+        one_by_one(call, self.params.temperature)
+
+
+def one_by_one(call: Call, temperature: float) -> None:
+    """Decode a call token by token: the prefill gives the first, each extension one more."""
+    context = call.admit()
+    while context is not None:
+        tokens_B = choose(call.counted.next_logits(context), temperature, call.noise, context.rows)
+        tokens_B1 = tokens_B[:, None].cpu()
+        going = call.absorb(context.rows, tokens_B1.tolist())
+        context = call.admit(call.extended(context, going, tokens_B1))
 
 
 class MockAR(BatchDecoder[Params]):

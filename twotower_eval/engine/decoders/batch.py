@@ -226,6 +226,7 @@ class BatchDecoder(Generic[ParamsT]):
     NEEDS: ClassVar[Ability | None] = None  # None: masked tokens, or the next one where it needs no denoiser
     SAMPLES: ClassVar[bool] = False  # whether tokens are drawn also at temperature 0
     NEEDS_PROMPT: ClassVar[bool] = True  # of at least one token
+    KEEPS_ROWS: ClassVar[bool] = False  # whether rows that started together stay together until the last has finished
     make_noise: Callable[[Sequence[Prompt]], Noise] = RowNoise  # replaced where recorded draws are played back
 
     def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
@@ -263,7 +264,8 @@ class BatchDecoder(Generic[ParamsT]):
         width = check_batch_size(max_batch_size) or len(prompts)
         if self._rows_alone:
             width = 1
-        steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
+        steady = self._depends_on_neighbours or self.KEEPS_ROWS
+        steady = steady or (len(prompts) > 1 and not self.model.joins_contexts)
         capacity = width if steady else self._capacity(width)
         # Prompts of like length are prefilled together without padding, and the longest do not come last.
         ordered = width < len(prompts) and not self._depends_on_neighbours
@@ -276,7 +278,9 @@ class BatchDecoder(Generic[ParamsT]):
             capacity=capacity,
             steady=steady,
             ordered=ordered,
-            share=share_beginnings and not self._depends_on_neighbours and (self.model.joins_contexts or width == 1),
+            share=share_beginnings
+            and not (self._depends_on_neighbours or self.KEEPS_ROWS)
+            and (self.model.joins_contexts or width == 1),
             on_finish=on_finish,
             make_noise=self.make_noise,
         )

@@ -38,6 +38,7 @@ from twotower_eval.engine.models.probes import (
     widening,
 )
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
+from twotower_eval.engine.models.transformers_static import StaticSize
 from twotower_eval.errors import UserError
 from twotower_eval.records import HALF_PRECISION, FailedTrial, ProofCheck, Ways
 
@@ -63,7 +64,8 @@ def prove(model: TransformersModel) -> None:
     Contexts beyond a length that was not tried are read the plain way. UserError if the model cannot be right.
     """
     model.run_by(replace(model.ways, options_packed=model.may_pack))
-    model.try_several, model.try_beginnings = reads_several, goes_on
+    model.try_several, model.try_beginnings, model.try_static = reads_several, goes_on, steps_statically
+    model.static_steps.same = lambda ours, theirs: difference(ours, theirs, model.precision) <= LIMITS[model.precision]
     with _refusing(model):
         with _in_float32(model):
             row = _prove(model)
@@ -172,6 +174,30 @@ def goes_on(model: TransformersModel) -> bool:
     found = math.inf
     with suppress(ForwardError), _in_float32(model):
         found = apart(probes.beginnings(model, _base_probe(model)), model.precision)
+    return found <= LIMITS[model.precision]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def steps_statically(model: TransformersModel) -> bool:
+    """Whether steps over a static cache give the logits of whole rows: rows of unlike lengths, one of which finishes,
+    beside an empty slot."""
+    row, found = drawn_tokens(model, min(BASE_TOKENS, _room(model))), math.inf
+    starts = [3, 5]
+    if len(row) < starts[-1] + 3:
+        return False
+    ids = torch.tensor([row[:5], row[:5]])
+    size = StaticSize(slots=3, columns=len(row) + 2)
+    with suppress(ForwardError), _in_float32(model):
+        context, ours, theirs = model.prefill(ids, starts, static=size), [], []
+        for at in range(len(row) - starts[-1]):
+            if at == 2:
+                context, starts = context.select([1]), starts[1:]
+            context = model.extend(context, torch.tensor([[row[start + at]] for start in starts]))
+            ours.append(model.next_logits(context))
+            theirs += [whole(model, row[: start + at + 1], 1) for start in starts]
+        found = difference(torch.cat(ours), torch.cat(theirs), model.precision)
+    model.static_steps.forget()
     return found <= LIMITS[model.precision]
 
 

@@ -197,6 +197,13 @@ class Remote(Model, Protocol):
     def check_chats(self, prompts: Iterable[str]) -> None: ...
 
 
+class Stepping(Model, Protocol):
+    """A model that can keep keys and values in buffers of fixed size: its ``prefill`` takes ``static``, the size; see
+    :func:`stepping`. ``verified_up_to``: the longest context for which that is known, None for any."""
+
+    verified_up_to: int | None
+
+
 class ReadsOn(Model, Protocol):
     """A model whose ``extend`` reads several tokens of each row in one pass, as it reads whole rows; see
     :func:`reads_on`. ``verified_up_to``: the longest row for which that is known, None for any."""
@@ -277,6 +284,13 @@ def verifying(model: Model, needed_by: str) -> Verifying:
     if not getattr(model, "verifies", False):
         raise UserError(needed_by)
     return cast(Verifying, model)
+
+
+def stepping(model: Model, needed_by: str) -> Stepping:
+    """The model as one that steps over a static cache. UserError with the message ``needed_by`` if it cannot."""
+    if not getattr(model, "steps_statically", False):
+        raise UserError(needed_by)
+    return cast(Stepping, model)
 
 
 def remote(model: Model) -> Remote | None:

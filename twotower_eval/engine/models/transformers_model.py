@@ -8,11 +8,11 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from twotower_eval.engine.models.autoregressive import host_lengths
@@ -29,6 +29,7 @@ from twotower_eval.engine.models.transformers_cache import (
     growing,
     keeps_all,
 )
+from twotower_eval.engine.models.transformers_static import StaticContext, StaticSize, StaticSteps
 from twotower_eval.engine.models.transformers_types import Cache, CacheLayer, CausalLM, Config
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
@@ -104,6 +105,9 @@ class TransformersModel(LanguageModel):
         self.try_several: Callable[[TransformersModel], bool] | None = None  # how that is tried; models.proof has it
         self._goes_on: bool | None = None  # from a shared beginning; None: not tried yet
         self.try_beginnings: Callable[[TransformersModel], bool] | None = None
+        self._steps: bool | None = None  # over a static cache; None: not tried yet
+        self.try_static: Callable[[TransformersModel], bool] | None = None
+        self.static = nn.ModuleList([StaticSteps(inner, self._logits)])
         self._keeps_all = all(keeps_all(layer) for layer in layers)
         self._can_join = self.pads_left and can_join(layers)
         cached = self.cache_argument is not None
@@ -137,6 +141,20 @@ class TransformersModel(LanguageModel):
         if self._goes_on is None:
             self._goes_on = self.try_beginnings is not None and self.try_beginnings(self)
         return self._goes_on
+
+    @property
+    def steps_statically(self) -> bool:
+        """Whether a static cache may stand for the growing one; tried once."""
+        if not (self.ways.cached and self.may_pack and self.rows_together and self.plain_beyond != 0):
+            return False
+        if self._steps is None:
+            self._steps = self.try_static is not None and self.try_static(self)
+        return self._steps
+
+    @property
+    def static_steps(self) -> StaticSteps:
+        """What runs steps over a static cache."""
+        return cast(StaticSteps, self.static[0])
 
     @property
     def verified_up_to(self) -> int | None:
@@ -176,16 +194,23 @@ class TransformersModel(LanguageModel):
         tokens: list[int] = out[0, ids_1S.shape[1] :].tolist()
         return tokens
 
-    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> CacheContext:
-        """Run the model over prompts, right-padded rows of at least one token."""
+    def prefill(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, static: StaticSize | None = None
+    ) -> CacheContext:
+        """Run the model over prompts, right-padded rows of at least one token; with ``static`` into buffers of that
+        size, only where the model ``steps_statically``."""
         lengths = host_lengths(ids_BS, lengths_B)
         if min(lengths) < 1:
             raise UserError("this model cannot start from an empty prompt; give every row at least one token")
         tokens = tuple(tuple(row[:length]) for row, length in zip(ids_BS.tolist(), lengths, strict=True))
-        return CacheContext(tokens, tuple(self._read(tokens, range(len(tokens)))))
+        context = CacheContext(tokens, tuple(self._read(tokens, range(len(tokens)))))
+        return context if static is None else self.static_steps.begin(context, static)
 
     def extend(self, context: CacheContext, ids_BK: Tensor) -> CacheContext:
         """The context after K more tokens in every row. ``context`` itself stays valid."""
+        if isinstance(context, StaticContext):
+            stepped: StaticContext = self.static_steps(context, ids_BK)
+            return stepped
         tokens = tuple((*old, *new) for old, new in zip(context.tokens, ids_BK.tolist(), strict=True))
         ids_BK = ids_BK.to(device=self.device, dtype=torch.int64)
         parts: list[Part] = []
@@ -241,6 +266,8 @@ class TransformersModel(LanguageModel):
 
     def next_logits(self, context: CacheContext) -> Tensor:
         """Logits of each row's next token, (B, V) float32."""
+        if isinstance(context, StaticContext):
+            return context.logits_BV
         order = [row for part in context.parts for row in part.rows]
         joined_BV = torch.cat([part.last_logits_BV for part in context.parts])
         return joined_BV[[order.index(row) for row in range(len(order))]]

@@ -20,6 +20,7 @@ from twotower_eval.engine.models.graphs import MAX_NEW, StepGraphs
 from twotower_eval.engine.models.protocol import Model, as_model
 from twotower_eval.engine.models.quantised import held_bytes
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
+from twotower_eval.engine.models.transformers_static import StaticSteps
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices
 from twotower_eval.measure.speed.costs import REPEATS
@@ -212,27 +213,38 @@ MAX_ATTEMPTS = 5  # the same prompts need the same sizes, so the second attempt 
 
 
 class Captures:
-    """Keeps captures of CUDA graphs out of timings; does nothing without graphs."""
+    """Keeps captures of CUDA graphs, and steps that are compiled, out of timings; does nothing without either.
 
-    def __init__(self, graphs: Sequence[StepGraphs], writer: RunWriter) -> None:
-        self._graphs, self._writer = graphs, writer
+    How long each step took to compile is journalled.
+    """
+
+    def __init__(self, graphs: Sequence[StepGraphs], writer: RunWriter, compiled: Sequence[StaticSteps] = ()) -> None:
+        self._graphs, self._writer, self._compiled = graphs, writer, compiled
 
     @property
     def num_made(self) -> int:
-        """Number of steps captured so far."""
-        return sum(graphs.num_made for graphs in self._graphs)
+        """Number of steps captured or compiled so far."""
+        return sum(one.num_made for one in self._graphs) + sum(one.num_made for one in self._compiled)
+
+    def _journal(self, what: str, numbers: Sequence[int]) -> None:
+        """Those that were compiled since each had so many."""
+        for steps, before in zip(self._compiled, numbers, strict=True):
+            for made in steps.made[before:]:
+                size = {"rows": made.size.slots, "columns": made.size.columns, "mode": made.size.compile}
+                self._writer.event("compiled", what=what, wall_s=made.wall_s, **size)
 
     def outside(self, phase: SpeedPhase, number: int, what: str, measure: Callable[[], Timing]) -> Timing:
         """The result of ``measure``, repeated until no step was captured meanwhile; warm-ups and probes are not
         repeated."""
         for _ in range(MAX_ATTEMPTS):
-            before = self.num_made
+            before, compiled = self.num_made, [steps.num_made for steps in self._compiled]
             timing = measure()
+            self._journal(what, compiled)
             num_made = self.num_made - before
             if phase != "measure" or not num_made:
                 return timing
             self._writer.event("timed_again", what=what, round=number, num_captured=num_made)
-        raise UserError(f"{what}: every attempt needs CUDA graphs of new sizes: drop --cuda-graphs")
+        raise UserError(f"{what}: every attempt needs steps of new sizes: drop --cuda-graphs, or compile")
 
 
 def hint(plan: SpeedPlan | SizingPlan) -> str | None:
@@ -254,6 +266,12 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
             f"batch size {rows} with blocks of {width} makes steps of {rows * width} tokens, and CUDA graphs serve "
             f"{MAX_NEW}: graphs in one arm alone would handicap the other: take smaller ones, or drop --cuda-graphs"
         )
+
+
+def compiling(models: Sequence[Model]) -> tuple[StaticSteps, ...]:
+    """The parts of both arms' models that may compile steps, each once."""
+    found = [_of_transformers(model) for model in models]
+    return tuple({id(model): model.static_steps for model in found if model is not None}.values())
 
 
 def graphs_for(

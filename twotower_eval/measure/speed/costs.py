@@ -9,19 +9,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import Call as DecoderCall
 from twotower_eval.engine.decoders.rows import Rules, on_host
+from twotower_eval.engine.decoders.static_cache import StaticParams, static_model
 from twotower_eval.engine.models.protocol import Context, Denoising, Masked, Model, masked
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
 from twotower_eval.measure.speed.lanes import Lane
 from twotower_eval.measure.speed.workloads import Call, Calls, Load
-from twotower_eval.records import CostPart, Passes, Prompt
+from twotower_eval.records import STATIC_CACHE, CostPart, Passes, Prompt
 
 Repeat = Callable[[], None]  # one repetition of a phase
 
@@ -221,12 +222,13 @@ class TimedParts:
             for item in self._needed(self._lanes[cell], seen):
                 size = self._lanes[cell].cell.workload.batch_size or 1
                 sizes = (item.block_size, item.batch_size, item.context_tokens)
-                self._items.setdefault((self._lanes[cell].cell.who, item.part, size, *sizes), item)
+                own = self._lanes[cell].cell
+                self._items.setdefault((f"{own.who} {own.decoder.own_steps}", item.part, size, *sizes), item)
         return self.items[before:]
 
     def _needed(self, lane: Lane, seen: set[Passes]) -> list[CostItem]:
-        model = lane.untimed
         calls = self._calls[lane.cell.workload.batch_size or 1]
+        model = _as_decoded(lane, calls)
         found = []
         for part, block_size in _parts(lane, seen):
             alike = [one for one in seen if one.part(lane.cell.decoder) == (part, block_size)]
@@ -239,6 +241,16 @@ class TimedParts:
             if part == "ar_step":
                 found += [_item(lane, calls, model, "bookkeeping", None, rows, 0) for rows in widths]
         return found
+
+
+def _as_decoded(lane: Lane, calls: Sequence[Call]) -> Model:
+    """The model as its decoder runs it: over a static cache as long as the longest call's, or as it is."""
+    spec, model = lane.cell.decoder, lane.untimed
+    if spec.kind != STATIC_CACHE:
+        return model
+    given: Mapping[str, Any] = spec.params
+    longest = max(max(map(len, lane.ids[call.id])) + call.max_new_tokens for call in calls)
+    return static_model(model, StaticParams(**given), slots=lane.cell.workload.batch_size or 1, num_tokens=longest)
 
 
 def _parts(lane: Lane, seen: Iterable[Passes]) -> list[tuple[CostPart, int | None]]:
@@ -268,9 +280,10 @@ def _contexts(lane: Lane, calls: Sequence[Call], model: Model, num_tokens: int) 
     longest = sorted(max(map(len, lane.ids[call.id])) for call in calls)
     budget = max(call.max_new_tokens for call in calls)
     contexts = [longest[0], longest[len(longest) // 2] + budget // 2, longest[-1] + budget]
-    if model.max_length is not None:
+    limits = (model.max_length, getattr(model, "num_columns", None))
+    if (limit := min((one for one in limits if one is not None), default=None)) is not None:
         # One repetition is not counted, one runs in the preparation; each continues where the last ended.
-        room = model.max_length - (max(REPEATS.values()) + 2) * num_tokens
+        room = limit - (max(REPEATS.values()) + 2) * num_tokens
         contexts = [min(length, room) for length in contexts]
     return sorted({length for length in contexts if length > 0})
 

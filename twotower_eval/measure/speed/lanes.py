@@ -53,7 +53,7 @@ from twotower_eval.records import (
 from twotower_eval.rules import finite, refuse_same
 from twotower_eval.task_options import run_seed
 
-ONE_BY_ONE = ("autoregressive", "mock_ar", "reference")  # decoders whose tokens each take a forward
+ONE_BY_ONE = ("autoregressive", "static_cache", "mock_ar", "reference")  # decoders whose tokens each take a forward
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
 
 

@@ -26,7 +26,14 @@ from twotower_eval.engine.models.protocol import Model, remote
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import without_auto
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, measured_conditions, refuse_uneven
+from twotower_eval.measure.speed.conditions import (
+    Captures,
+    compiling,
+    graphs_for,
+    hint,
+    measured_conditions,
+    refuse_uneven,
+)
 from twotower_eval.measure.speed.costs import TimedParts
 from twotower_eval.measure.speed.lanes import Lane, make_lanes, without_decoders
 from twotower_eval.measure.speed.probes import Probes
@@ -145,7 +152,7 @@ def run_launch(
                     writer.event("baseline_best", **to_json(best))
             _hear_retries(lanes, writer, progress)
             probes = Probes(held, calls, requests, launch_id := _launch_id(writer.run))
-            idle, captures = without_decoders(lanes), Captures(graphs, writer)
+            idle, captures = without_decoders(lanes), Captures(graphs, writer, compiling(models))
             session = Session(plan, writer, launch_id, calls, idle, probes, parts, clock, captures, progress, began_s)
             num_missing = session.run()
             if not num_missing:

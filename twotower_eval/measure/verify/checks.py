@@ -287,20 +287,43 @@ def drafts_verified(model: Model, prompts: Sequence[Prompt], dtype: str) -> tupl
         make_decoder(model, kind).generate(prompts, max_new_tokens=NUM_TOKENS)
         for kind in ("autoregressive", "prompt_lookup")
     )
-    answers = zip(prompts, made, plain, strict=True)
-    margins = [_token_margin(model, p, a.token_ids, b.token_ids) for p, a, b in answers if a.token_ids != b.token_ids]
     num_tokens, num_passes = sum(one.num_tokens for one in made), sum(one.num_context_forwards for one in made)
     per_pass = informative(
         names[1],
         f"prompt_lookup: {num_tokens} useful tokens in {num_passes} passes of the model, prefills included",
         value=num_tokens / num_passes,
     )
-    num_same = len(prompts) - len(margins)
-    same = f"{num_same} of {len(prompts)} answers of prompt_lookup are those of autoregressive"
+    return _held_against_greedy(names[0], "prompt_lookup", model, prompts, made, plain, dtype), per_pass
+
+
+def static_verified(model: Model, prompts: Sequence[Prompt], dtype: str) -> CheckResult:
+    """Whether steps over a static cache give the greedy tokens; differences count as in :func:`drafts_verified`."""
+    name = "static_equals_greedy"
+    if not getattr(model, "steps_statically", False):
+        return not_checked(name, "the model does not step over a static cache: decoder static_cache refuses it")
+    plain, made = (
+        make_decoder(model, kind).generate(prompts, max_new_tokens=NUM_TOKENS)
+        for kind in ("autoregressive", "static_cache")
+    )
+    return _held_against_greedy(name, "static_cache", model, prompts, made, plain, dtype)
+
+
+def _held_against_greedy(
+    name: str,
+    kind: str,
+    model: Model,
+    prompts: Sequence[Prompt],
+    made: Sequence[Generation],
+    plain: Sequence[Generation],
+    dtype: str,
+) -> CheckResult:
+    answers = zip(prompts, made, plain, strict=True)
+    margins = [_token_margin(model, p, a.token_ids, b.token_ids) for p, a, b in answers if a.token_ids != b.token_ids]
+    same = f"{len(prompts) - len(margins)} of {len(prompts)} answers of {kind} are those of autoregressive"
     if dtype in HALF_PRECISION:
-        return informative(names[0], f"{same}, in {dtype}", value=1 - len(margins) / len(prompts)), per_pass
+        return informative(name, f"{same}, in {dtype}", value=1 - len(margins) / len(prompts))
     worst = max((margin if margin == margin else float("inf") for margin in margins), default=0.0)
-    return pass_or_fail(names[0], worst <= MARGIN, same, value=worst, limit=MARGIN), per_pass
+    return pass_or_fail(name, worst <= MARGIN, same, value=worst, limit=MARGIN)
 
 
 NO_DENOISER = "the model has no denoiser"
@@ -366,7 +389,10 @@ def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[CheckResult, 
 
 
 ONLY_MASKED = "the family has no autoregressive part"
-OF_BOTH = ("blockwise_context", "batch_numerics", "drafts_equal_greedy", "tokens_per_pass", "mock_ar_agreement")
+OF_BOTH = (
+    *("blockwise_context", "batch_numerics", "drafts_equal_greedy", "tokens_per_pass", "static_equals_greedy"),
+    "mock_ar_agreement",
+)
 OF_PAIRS = ("tokens_per_nfe", "forced_share")  # at the default operating point of pairs
 
 

@@ -32,6 +32,7 @@ from twotower_eval.measure.verify.checks import (
     only_masked,
     proved,
     seeded_scan,
+    static_verified,
 )
 from twotower_eval.measure.verify.golden import (
     DESCRIPTION,
@@ -160,6 +161,7 @@ def _causal_results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -
     yield _batch_gate(plan, model, prompts)
     yield batch_numerics(model, prompts, plan.dtype)
     yield from drafts_verified(model, prompts, plan.dtype)
+    yield static_verified(model, prompts, plan.dtype)
     yield mock_ar_agreement(model, prompts)
     yield from block_sample(model, prompts)
 
