@@ -72,6 +72,7 @@ VERIFY = VerifyPlan(
     model="a pair",
     family="package.module:load",
     golden="g",
+    draft="d",
     seed=2,
     dtype="float16",
     devices=("cuda:1",),

@@ -227,6 +227,26 @@ def test_verify_holds_drafts_against_the_greedy_tokens(folders: Any) -> None:
     assert {one.outcome for one in drafts_verified(alone, prompts, "float32")} == {"not_checked"}
 
 
+def test_verify_says_the_tokens_of_a_pass_with_a_draft_model(tmp_path: Path) -> None:
+    folder = save_reading("llama", tmp_path / "llama")
+    (tmp_path / "own").mkdir()
+    assert cli.main(["verify", str(folder), "--draft", str(folder), "--out", str(tmp_path / "own")]) == 0
+    (path,) = store.find_runs(tmp_path / "own", "verify")
+    found = {check.name: check for check in store.load(path).checks}
+    assert found["draft_equals_greedy"].outcome == "passed"
+    assert (found["draft_tokens_per_pass"].value or 0) > 4, "a model drafts for itself what it would say"
+    assert "draft: " in found["draft_tokens_per_pass"].detail
+    assert (found["draft_tokens_per_pass"].value or 0) > (found["tokens_per_pass"].value or 0)
+
+
+def test_verify_finds_a_slip_in_the_draft_before_it_loads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twotower_eval.engine.models.load_model", lambda *_, **__: pytest.fail("it is loaded"))
+    assert cli.main(["verify", "--draft", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_a_witness_finds_a_row_of_logits_for_every_token(folders: Any) -> None:
     """However much was drafted, and though states read accepted tokens again."""
     for kind in ("llama", "mamba2"):

@@ -77,7 +77,8 @@ from twotower_eval.task_options import read_gen_kwargs, read_seed, read_template
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyPlan:
-    """The plan of ``twotower-eval verify``; ``golden`` is a folder of reference outputs."""
+    """The plan of ``twotower-eval verify``; ``golden`` is a folder of reference outputs, ``draft`` a model that drafts
+    for this one."""
 
     model: Annotated[
         str | None,
@@ -92,6 +93,9 @@ class VerifyPlan:
     trust_remote_code: TrustRemoteCode = field(default=None, metadata=LEFT_OUT)
     family: Family = field(default=None, metadata=LEFT_OUT)
     golden: Annotated[str | None, Option(help="Folder of reference outputs and their checkpoint", metavar="DIR")] = None
+    draft: Annotated[
+        str | None, Option(help="Draft model: how many tokens a verified pass gives with it", metavar="CKPT")
+    ] = field(default=None, metadata=LEFT_OUT)
     seed: Seed = 0
     dtype: NumberType = AUTO
     devices: Devices = (AUTO,)

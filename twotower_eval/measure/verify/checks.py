@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders import decoder_spec, make_decoder
+from twotower_eval.engine.decoders import decoder_spec, from_spec, make_decoder
 from twotower_eval.engine.decoders.batch import no_denoiser
 from twotower_eval.engine.decoders.rows import padded_ids
 from twotower_eval.engine.models.nemotron_h import Mamba
@@ -273,27 +273,33 @@ def _top2(logits_V: Tensor) -> float:
     return float(best[0] - best[1])
 
 
-def drafts_verified(model: Model, prompts: Sequence[Prompt], dtype: str) -> tuple[CheckResult, CheckResult]:
+OF_DRAFTS = ("draft_equals_greedy", "draft_tokens_per_pass")  # of the draft model of a plan
+
+
+def drafts_verified(
+    model: Model, prompts: Sequence[Prompt], dtype: str, draft: str | None = None
+) -> tuple[CheckResult, CheckResult]:
     """Whether drafts that are verified in one pass leave the greedy tokens as they are, and the tokens of a pass.
+
+    Drafts are looked up in the prompt, or come from the model ``draft``.
 
     As in :func:`batch_logic` a difference must come from two tokens that nearly tie; in half precision these are too
     common for a limit, and are counted.
     """
-    names = ("drafts_equal_greedy", "tokens_per_pass")
+    names = ("drafts_equal_greedy", "tokens_per_pass") if draft is None else OF_DRAFTS
+    kind, given = "prompt_lookup" if draft is None else "draft", {} if draft is None else {"draft": draft}
     if not getattr(model, "verifies", False):
         reason = "the model gives logits behind one token at a time, so no decoder verifies drafts with it"
         return not_checked(names[0], reason), not_checked(names[1], reason)
-    plain, made = (
-        make_decoder(model, kind).generate(prompts, max_new_tokens=NUM_TOKENS)
-        for kind in ("autoregressive", "prompt_lookup")
-    )
+    plain = make_decoder(model, "autoregressive").generate(prompts, max_new_tokens=NUM_TOKENS)
+    made = from_spec(model, decoder_spec(kind, **given)).generate(prompts, max_new_tokens=NUM_TOKENS)
     num_tokens, num_passes = sum(one.num_tokens for one in made), sum(one.num_context_forwards for one in made)
     per_pass = informative(
         names[1],
-        f"prompt_lookup: {num_tokens} useful tokens in {num_passes} passes of the model, prefills included",
+        f"{kind}: {num_tokens} useful tokens in {num_passes} passes of the model, prefills included",
         value=num_tokens / num_passes,
     )
-    return _held_against_greedy(names[0], "prompt_lookup", model, prompts, made, plain, dtype), per_pass
+    return _held_against_greedy(names[0], kind, model, prompts, made, plain, dtype), per_pass
 
 
 def static_verified(model: Model, prompts: Sequence[Prompt], dtype: str) -> CheckResult:

@@ -80,6 +80,8 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     plan = without_model(plan)
     if plan.golden is not None and plan.model is None and (family := family_of_numbers(Path(plan.golden))) is not None:
         return _verify_numbers(plan, family, root)
+    if plan.draft is not None:
+        decoder_spec("draft", draft=plan.draft)  # a slip in it is found before weights are loaded
     plan, chosen = without_auto(plan)
     with torch.inference_mode(), family_calls((model_source(plan), plan.family)):
         model = load_model(model_source(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
@@ -161,6 +163,8 @@ def _causal_results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -
     yield _batch_gate(plan, model, prompts)
     yield batch_numerics(model, prompts, plan.dtype)
     yield from drafts_verified(model, prompts, plan.dtype)
+    if plan.draft is not None:
+        yield from drafts_verified(model, prompts, plan.dtype, plan.draft)
     yield static_verified(model, prompts, plan.dtype)
     yield mock_ar_agreement(model, prompts)
     yield from block_sample(model, prompts)
