@@ -221,7 +221,20 @@ def test_a_compiled_baseline_is_timed_and_its_compilation_is_said(
     reading: Path, tmp_path: Path, traced: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--tasks", "miniature_sort", "--out", str(tmp_path), "--threads", "1", "--new-tokens", "6"]
-    common += ["--num-prompts", "4", "--batch-sizes", "2", "--min-rounds", "2", "--device", "cpu", "--dtype", "float32"]
+    common += [
+        "--num-prompts",
+        "2",
+        "--batch-sizes",
+        "2",
+        "--probes",
+        "2",
+        "--min-rounds",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     arms = ["--model", str(reading), "--baseline", str(reading), "--decoder", "prompt_lookup"]
     decoder = ["--baseline-decoder", "static_cache", "--baseline-set", "compile=true"]
     assert cli.main(["speed", *common, *arms, *decoder]) == 0
@@ -230,10 +243,11 @@ def test_a_compiled_baseline_is_timed_and_its_compilation_is_said(
     [baseline] = [cell for cell in run.manifest.cells if cell.arm == "baseline"]
     assert baseline.decoder.params["compile"] is True
     events = [event for event in run.events if event["kind"] == "compiled"]
-    assert events
-    assert all(
-        event["rows"] == 2 and event["mode"] == "default" and float(str(event["wall_s"])) > 0 for event in events
-    )
+    sizes = [(event["rows"], event["columns"], event["mode"]) for event in events]
+    assert {(rows, mode) for rows, _, mode in sizes} == {(1, "default"), (2, "default")}, "a witnessed call has one row"
+    assert len(set(sizes)) == len(sizes) == len(traced)
+    assert {event["model"] for event in events} == {baseline.checkpoint.name}
+    assert all(float(str(event["wall_s"])) > 0 for event in events)
     assert {row.part for row in run.costs if row.cell == baseline.id} == {"prefill", "ar_step", "bookkeeping"}
     assert {row.fault for row in run.speed if row.phase == "measure"} == {None}
     assert cli.main(["report", str(path), "--out", str(tmp_path / "reports")]) == 0

@@ -218,28 +218,32 @@ class Captures:
     How long each step took to compile is journalled.
     """
 
-    def __init__(self, graphs: Sequence[StepGraphs], writer: RunWriter, compiled: Sequence[StaticSteps] = ()) -> None:
-        self._graphs, self._writer, self._compiled = graphs, writer, compiled
+    def __init__(
+        self, graphs: Sequence[StepGraphs], writer: RunWriter, compiling: Sequence[tuple[str, StaticSteps]] = ()
+    ) -> None:
+        self._graphs, self._writer, self._compiling = graphs, writer, compiling
+        self._num_journalled = [steps.num_made for _, steps in compiling]  # earlier ones are of another run
 
     @property
     def num_made(self) -> int:
         """Number of steps captured or compiled so far."""
-        return sum(one.num_made for one in self._graphs) + sum(one.num_made for one in self._compiled)
+        return sum(one.num_made for one in self._graphs) + sum(one.num_made for _, one in self._compiling)
 
-    def _journal(self, what: str, numbers: Sequence[int]) -> None:
-        """Those that were compiled since each had so many."""
-        for steps, before in zip(self._compiled, numbers, strict=True):
-            for made in steps.made[before:]:
+    def _journal(self) -> None:
+        """What was compiled since the last time, in timed calls or beside them."""
+        for place, (model, steps) in enumerate(self._compiling):
+            for made in steps.made[self._num_journalled[place] :]:
                 size = {"rows": made.size.slots, "columns": made.size.columns, "mode": made.size.compile}
-                self._writer.event("compiled", what=what, wall_s=made.wall_s, **size)
+                self._writer.event("compiled", model=model, wall_s=made.wall_s, **size)
+            self._num_journalled[place] = steps.num_made
 
     def outside(self, phase: SpeedPhase, number: int, what: str, measure: Callable[[], Timing]) -> Timing:
         """The result of ``measure``, repeated until no step was captured meanwhile; warm-ups and probes are not
         repeated."""
         for _ in range(MAX_ATTEMPTS):
-            before, compiled = self.num_made, [steps.num_made for steps in self._compiled]
+            before = self.num_made
             timing = measure()
-            self._journal(what, compiled)
+            self._journal()
             num_made = self.num_made - before
             if phase != "measure" or not num_made:
                 return timing
@@ -268,10 +272,10 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
         )
 
 
-def compiling(models: Sequence[Model]) -> tuple[StaticSteps, ...]:
-    """The parts of both arms' models that may compile steps, each once."""
-    found = [_of_transformers(model) for model in models]
-    return tuple({id(model): model.static_steps for model in found if model is not None}.values())
+def compiling(models: Sequence[Model]) -> tuple[tuple[str, StaticSteps], ...]:
+    """The parts of both arms' models that may compile steps, each once, with the model's name."""
+    found = {id(model): model for model in map(_of_transformers, models) if model is not None}
+    return tuple((model.checkpoint.name, model.static_steps) for model in found.values())
 
 
 def graphs_for(
