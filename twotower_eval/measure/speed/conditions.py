@@ -248,7 +248,9 @@ class Captures:
             if phase != "measure" or not num_made:
                 return timing
             self._writer.event("timed_again", what=what, round=number, num_captured=num_made)
-        raise UserError(f"{what}: every attempt needs steps of new sizes: drop --cuda-graphs, or compile")
+        raise UserError(
+            f"{what}: every attempt needs CUDA graphs of new sizes, or compiles anew: drop --cuda-graphs, or compile"
+        )
 
 
 def hint(plan: SpeedPlan | SizingPlan) -> str | None:
