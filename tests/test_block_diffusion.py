@@ -137,7 +137,7 @@ def test_no_trace_and_no_times_unless_asked_for() -> None:
 
 
 # These need more than a two-tower model here, or another one.
-OTHERS = {"draft", "endpoint", "bd3lm", "e2d2", "entropy_bound", "fast_dllm_v2", "llada2", "sdar"}
+OTHERS = {"draft", "endpoint", "bd3lm", "e2d2", "entropy_bound", "fast_dllm_v2", "llada2", "sdar", "static_cache"}
 
 
 @pytest.mark.parametrize("kind", sorted({*DECODERS} - OTHERS))

@@ -60,7 +60,7 @@ class Reference:
 
     def __init__(self, model: Model, params: _Params, *, clock: Clock | None = None) -> None:
         if reason := misfit(params.mode, "causal" if params.mode == "autoregressive" else "two towers", model):
-            raise UserError(reason)
+            raise UserError(reason if model.has_denoiser else f"{reason}: give --decoder autoregressive")
         self._pair = None if params.mode == "autoregressive" else two_tower(model, no_denoiser(params.mode))
         if self._pair is not None:
             check_mask(model, f"decoder {params.mode!r}")
