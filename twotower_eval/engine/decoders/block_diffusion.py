@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
+from twotower_eval.engine.decoders.commits import commit_step
 from twotower_eval.engine.decoders.rows import (
     Noise,
     check_counts,
@@ -22,7 +23,6 @@ from twotower_eval.engine.decoders.rows import (
 )
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import two_tower
-from twotower_eval.records import CommitStep
 
 
 def num_commits(above_B: Tensor, masked_B: Tensor, steps_left_B: Tensor) -> Tensor:
@@ -236,17 +236,9 @@ def _record(
         row = call.rows[index]
         row.num_forced = (row.num_forced or 0) + num_forced
         if row.steps is not None:
-            where = taken_BK[position].nonzero().flatten()
-            row.steps.append(
-                CommitStep(
-                    block=blocks.num_blocks[index],
-                    step=blocks.num_steps[index],
-                    positions=tuple(where.tolist()),
-                    token_ids=tuple(tokens_BK[position][where].tolist()),
-                    confidences=tuple(confidence_BK[position][where].tolist()),
-                    num_forced=num_forced,
-                )
-            )
+            taken = (taken_BK[position], tokens_BK[position], confidence_BK[position])
+            number, step = blocks.num_blocks[index], blocks.num_steps[index]
+            row.steps.append(commit_step(number, step, *taken, num_forced=num_forced))
 
 
 def _predict(

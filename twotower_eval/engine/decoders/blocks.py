@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call
+from twotower_eval.engine.decoders.commits import commit_step
 from twotower_eval.engine.decoders.parts import STEPS_PER_TOKEN, Held, alike
 from twotower_eval.engine.decoders.rows import Clock, choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import Model, masked
-from twotower_eval.records import CommitStep
 
 
 class BlockParams(Protocol):
@@ -162,7 +162,8 @@ class BlockDecoder(BatchDecoder[ParamsT]):
             if forced is not None:
                 row.num_forced = (row.num_forced or 0) + forced
             if row.steps is not None:
-                row.steps.append(commit_step(block, taken_K, tokens_K, confidence_K, forced or 0))
+                taken = (taken_K, tokens_K, confidence_K)
+                row.steps.append(commit_step(block.number, block.step, *taken, num_forced=forced or 0))
             block.step, block.taken_K = block.step + 1, taken_K
 
     def _advance(self, call: Call, blocks: list[Block], context: CountedContext, mask_id: int) -> CountedContext | None:
@@ -182,16 +183,3 @@ class BlockDecoder(BatchDecoder[ParamsT]):
             blocks[row] = Block.behind((), width, mask_id, number=blocks[row].number + 1)
             self.opened(blocks[row])
         return context.select(still_open).join(extended) if still_open else extended
-
-
-def commit_step(block: Block, taken_K: Tensor, tokens_K: Tensor, confidence_K: Tensor, forced: int) -> CommitStep:
-    """The record of a step on one row's block."""
-    where = taken_K.nonzero().flatten()
-    return CommitStep(
-        block=block.number,
-        step=block.step,
-        positions=tuple(where.tolist()),
-        token_ids=tuple(tokens_K[where].tolist()),
-        confidences=tuple(confidence_K[where].tolist()),
-        num_forced=forced,
-    )

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call
+from twotower_eval.engine.decoders.commits import commit_step
 from twotower_eval.engine.decoders.parts import STEPS_PER_TOKEN, Held
 from twotower_eval.engine.decoders.rows import choose, on_host, padded_ids
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import masked
-from twotower_eval.records import CommitStep
 
 
 class CanvasParams(Protocol):
@@ -184,7 +184,8 @@ class CanvasDecoder(BatchDecoder[ParamsT]):
             if forced is not None:
                 row.num_forced = (row.num_forced or 0) + forced
             if row.steps is not None:
-                row.steps.append(_step(canvas, taken_G, tokens_G, confidence_G, forced or 0))
+                taken = (taken_G, tokens_G, confidence_G)
+                row.steps.append(commit_step(canvas.block, canvas.step, *taken, num_forced=forced or 0))
             canvas.step += 1
 
     def _advance(self, call: Call, canvases: Sequence[Canvas], context: CountedContext) -> CountedContext | None:
@@ -212,15 +213,3 @@ class CanvasDecoder(BatchDecoder[ParamsT]):
         canvas.block, canvas.step = canvas.block + 1, 0
         self.opened(canvas)
         return True
-
-
-def _step(canvas: Canvas, taken_G: Tensor, tokens_G: Tensor, confidence_G: Tensor, forced: int) -> CommitStep:
-    where = taken_G.nonzero().flatten()
-    return CommitStep(
-        block=canvas.block,
-        step=canvas.step,
-        positions=tuple(where.tolist()),
-        token_ids=tuple(tokens_G[where].tolist()),
-        confidences=tuple(confidence_G[where].tolist()),
-        num_forced=forced,
-    )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twotower_eval.records import CommitStep
+
 
 def even_quotas(num_masked: int, num_steps: int) -> tuple[int, ...]:
     """Commits of each step: as even as whole numbers allow, the larger ones first (LLaDA).
@@ -99,3 +101,18 @@ def within_entropy(entropy_BK: Tensor, bound: float) -> Tensor:
     inside_BK = before_BK <= bound
     inside_BK[:, 0] = True
     return torch.zeros_like(inside_BK).scatter(1, order_BK, inside_BK)
+
+
+def commit_step(
+    block: int, step: int, taken_K: Tensor, tokens_K: Tensor, confidence_K: Tensor, *, num_forced: int = 0
+) -> CommitStep:
+    """The record of a step on one row's block: what it took, (K,) boolean, as which tokens and how sure."""
+    where = taken_K.nonzero().flatten()
+    return CommitStep(
+        block=block,
+        step=step,
+        positions=tuple(where.tolist()),
+        token_ids=tuple(tokens_K[where].tolist()),
+        confidences=tuple(confidence_K[where].tolist()),
+        num_forced=num_forced,
+    )

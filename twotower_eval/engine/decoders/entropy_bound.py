@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call
-from twotower_eval.engine.decoders.commits import within_entropy
+from twotower_eval.engine.decoders.commits import commit_step, within_entropy
 from twotower_eval.engine.decoders.rows import Clock, check_counts, check_not_negative, on_host
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import Model, self_conditioned
 from twotower_eval.errors import UserError
-from twotower_eval.records import CommitStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +168,4 @@ def _record(call: Call, index: int, canvas: Canvas) -> None:
     for step, tokens_K in enumerate(canvas.likeliest[:-1]):
         since_K = torch.where(tokens_K == final_K, since_K, step + 1)
     for step, confidence_K in enumerate(canvas.confidences):
-        where = (since_K == step).nonzero().flatten()
-        steps.append(
-            CommitStep(
-                block=canvas.number,
-                step=step,
-                positions=tuple(where.tolist()),
-                token_ids=tuple(final_K[where].tolist()),
-                confidences=tuple(confidence_K[where].tolist()),
-                num_forced=0,
-            )
-        )
+        steps.append(commit_step(canvas.number, step, since_K == step, final_K, confidence_K))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import Call
-from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted, commit_step
-from twotower_eval.engine.decoders.commits import above_threshold
+from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted
+from twotower_eval.engine.decoders.commits import above_threshold, commit_step
 from twotower_eval.engine.decoders.parts import alike, check_keeps, gathered, spread
 from twotower_eval.engine.decoders.rows import Clock, check_counts, check_not_negative, check_temperature
 from twotower_eval.engine.models.counting import CountedContext
@@ -104,7 +104,9 @@ class FastDLLMv2(BlockDecoder[Params]):
         block.tokens_K[0], block.masked_K[0] = token, False
         first_K = torch.arange(len(block.tokens_K)) == 0
         if (steps := call.rows[row].steps) is not None:
-            steps.append(commit_step(block, first_K, block.tokens_K, confidence.expand(len(first_K)), 0))
+            steps.append(
+                commit_step(block.number, block.step, first_K, block.tokens_K, confidence.expand(len(first_K)))
+            )
         block.step += 1
 
     def together(self, blocks: Sequence[Block], context: CountedContext) -> list[list[int]]:

@@ -19,11 +19,11 @@ from twotower_eval.engine.families.backbone import Past
 from twotower_eval.engine.families.canvas import CanvasModel, Tokens
 from twotower_eval.engine.families.dit import DiT, View, load_dit
 from twotower_eval.engine.families.mdlm import PREFIX, sizes_of
+from twotower_eval.engine.families.one_network import OneNetwork, own_lengths
 from twotower_eval.engine.families.settings import identify, whole_number
-from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import read_whole
-from twotower_eval.errors import FileError, UserError
+from twotower_eval.errors import FileError
 
 NO_TOKEN = -1  # in place of a token's number in its row: a column of padding
 LIMITS = ("sampling_eps_min", "sampling_eps_max")  # of training, stored beside the weights
@@ -54,11 +54,10 @@ def _wide(number_BT: Tensor, width: int) -> Tensor:
     return nn.functional.pad(number_BT, (0, width - number_BT.shape[1]), value=NO_TOKEN)
 
 
-class BD3LM(LanguageModel):
+class BD3LM(OneNetwork[WindowContext]):
     """The network."""
 
-    mask_token_id: int
-    has_denoiser = two_way = one_network = True
+    two_way = True
     max_length: int
 
     def __init__(self, network: DiT, block_size: int) -> None:
@@ -68,7 +67,7 @@ class BD3LM(LanguageModel):
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> WindowContext:
         """Read prompts, rows padded on the right; a row may have no token."""
         num = len(ids_BS)
-        lengths = [ids_BS.shape[1]] * num if lengths_B is None else [int(length) for length in lengths_B]
+        lengths = own_lengths(ids_BS, lengths_B)
         nothing = WindowContext(self.network.nothing(num), torch.zeros(num, 0, dtype=torch.int64), (0,) * num)
         return self._kept(nothing, ids_BS, lengths)
 
@@ -76,7 +75,7 @@ class BD3LM(LanguageModel):
         self, context: WindowContext, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None
     ) -> WindowContext:
         """The context after K more tokens in every row, or each row's own number of them. The old one stays valid."""
-        lengths = [ids_BK.shape[1]] * len(ids_BK) if lengths_B is None else [int(length) for length in lengths_B]
+        lengths = own_lengths(ids_BK, lengths_B)
         return self._kept(context, ids_BK, lengths)
 
     def denoise(self, block_BK: Tensor, context: WindowContext, t_B: object = None) -> Tensor:
@@ -85,19 +84,6 @@ class BD3LM(LanguageModel):
         ``t_B`` has no effect: published checkpoints take no time.
         """
         return self._read(context, block_BK, [block_BK.shape[1]] * len(block_BK))[0]
-
-    def next_logits(self, context: WindowContext) -> Tensor:
-        """Logits (B, V) of a single mask behind each row, which is a forward."""
-        return self.denoise(torch.full((len(context.lengths), 1), self.mask_token_id), context)[:, 0]
-
-    def context_logits(
-        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
-    ) -> Tensor:
-        """UserError: within a block the model predicts a token from those on both sides of it."""
-        raise UserError(
-            f"{self.checkpoint.name} ({self.checkpoint.family}) has no causal log-likelihoods: "
-            "take --likelihood denoiser_left_to_right or bound"
-        )
 
     def plain_logits(self, ids_BS: Tensor, *, sigma_B: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) of whole rows within a window, in one pass without a cache."""

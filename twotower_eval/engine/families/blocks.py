@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from twotower_eval.engine.families.backbone import Backbone, Past
 from twotower_eval.engine.families.kept import Kept, read_part
-from twotower_eval.engine.models.base import LanguageModel
-from twotower_eval.errors import UserError
+from twotower_eval.engine.families.one_network import OneNetwork, own_lengths
 
 View = tuple[Tensor, Tensor, Tensor]  # positions (B, S), visible columns (B, S, T) and their blocks' numbers (B, T)
 NOBODY = -1  # in place of a block's number or a token's position: a column of padding
@@ -55,13 +54,12 @@ def _wide(block_BT: Tensor, width: int) -> Tensor:
     return nn.functional.pad(block_BT, (0, width - block_BT.shape[1]), value=NOBODY)
 
 
-class BlockModel(LanguageModel):
+class BlockModel(OneNetwork[BlockContext]):
     """Base of these families. ``block_size`` is that of the attention; where ``shift`` is 1, row p predicts the token
     p + 1, and the first token of a block is predicted by the last row before it. ``ends_with_prompt``: blocks are
     counted so that one ends where the prompt does, and the first may be shorter."""
 
-    mask_token_id: int
-    has_denoiser = two_way = one_network = True
+    two_way = True
     block_size: int
     shift = 0
     ends_with_prompt = False
@@ -75,7 +73,7 @@ class BlockModel(LanguageModel):
         num = len(ids_BS)
         empty = Past.nothing(num, self.backbone)
         none_BT = torch.zeros(num, 0, dtype=torch.int64)
-        lengths = [ids_BS.shape[1]] * num if lengths_B is None else [int(length) for length in lengths_B]
+        lengths = own_lengths(ids_BS, lengths_B)
         offsets = tuple(-length % self.block_size if self.ends_with_prompt else 0 for length in lengths)
         nothing = BlockContext(empty, none_BT, torch.zeros(num, self.vocab_size), (0,) * num, offsets)
         return nothing if max(lengths) == 0 else self._read(nothing, ids_BS, lengths)
@@ -84,7 +82,7 @@ class BlockModel(LanguageModel):
         self, context: BlockContext, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None
     ) -> BlockContext:
         """The context after K more tokens in every row, or each row's own number of them. The old one stays valid."""
-        lengths = [ids_BK.shape[1]] * len(ids_BK) if lengths_B is None else [int(length) for length in lengths_B]
+        lengths = own_lengths(ids_BK, lengths_B)
         return self._read(context, ids_BK, lengths)
 
     def denoise(self, block_BK: Tensor, context: BlockContext, t_B: object = None) -> Tensor:
@@ -119,16 +117,7 @@ class BlockModel(LanguageModel):
         a single mask, which is a forward."""
         if self.shift:
             return context.last_BV
-        return self.denoise(torch.full((len(context.lengths), 1), self.mask_token_id), context)[:, 0]
-
-    def context_logits(
-        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
-    ) -> Tensor:
-        """UserError: within a block the model predicts a token from those on both sides of it."""
-        raise UserError(
-            f"{self.checkpoint.name} ({self.checkpoint.family}) has no causal log-likelihoods: "
-            "take --likelihood denoiser_left_to_right or bound"
-        )
+        return super().next_logits(context)
 
     def _read(self, context: BlockContext, ids_BS: Tensor, lengths: Sequence[int]) -> BlockContext:
         positions_BS, visible_BST, block_BT = self.seen(context, ids_BS.shape[1], lengths)

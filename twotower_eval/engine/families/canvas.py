@@ -13,8 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.models.base import LanguageModel
-from twotower_eval.errors import UserError
+from twotower_eval.engine.families.one_network import OneNetwork, own_lengths
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,10 @@ class Tokens:
         return type(self)(self.rows + other.rows)
 
 
-class CanvasModel(LanguageModel):
+class CanvasModel(OneNetwork[Tokens]):
     """Base of these families: they define :meth:`canvas_logits`, and ``shift`` where row p of it predicts token
     p + ``shift``."""
 
-    mask_token_id: int
-    has_denoiser = True
-    one_network = True
     reads_prompts = False
     shift = 0
 
@@ -62,7 +58,7 @@ class CanvasModel(LanguageModel):
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Tokens:
         """The prompts as they are; no forward."""
-        lengths = [ids_BS.shape[1]] * len(ids_BS) if lengths_B is None else [int(length) for length in lengths_B]
+        lengths = own_lengths(ids_BS, lengths_B)
         return Tokens(tuple(tuple(row[:length]) for row, length in zip(ids_BS.tolist(), lengths, strict=True)))
 
     def extend(self, context: Tokens, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Tokens:
@@ -81,16 +77,3 @@ class CanvasModel(LanguageModel):
         first_B1 = torch.tensor(context.lengths)[:, None] - self.shift
         places_BK = (first_B1 + torch.arange(block_BK.shape[1])).clamp(min=0)
         return self.logits_at(torch.tensor(padded), lengths, places_BK, t_B)
-
-    def next_logits(self, context: Tokens) -> Tensor:
-        """Logits (B, V) of a single masked token behind each row: a forward, unlike that of a causal model."""
-        return self.denoise(torch.full((len(context.rows), 1), self.mask_token_id), context)[:, 0]
-
-    def context_logits(
-        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
-    ) -> Tensor:
-        """UserError: the model predicts a token from those on both sides of it."""
-        raise UserError(
-            f"{self.checkpoint.name} ({self.checkpoint.family}) has no causal log-likelihoods: "
-            "take --likelihood denoiser_left_to_right or bound"
-        )

@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.families.backbone import Backbone, load_backbone
+from twotower_eval.engine.families.backbone import Backbone
 from twotower_eval.engine.families.canvas import CanvasModel
-from twotower_eval.engine.families.settings import identify, mask_token, transformers_settings, whole_number
-from twotower_eval.engine.models.checkpoint import read_json
-from twotower_eval.engine.models.identity import read_whole
+from twotower_eval.engine.families.settings import load_on_backbone
 
 MASK_TOKEN_ID = 151666  # of the published checkpoints
 
@@ -47,17 +45,6 @@ def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> Dream:
     """Load a checkpoint in the public layout. UserError for what is wrong with it."""
-    config = read_json(folder / "config.json")
-    vocab_size = whole_number(folder, config, "vocab_size")
-    tensors, checkpoint = read_whole(folder, family="dream", dtype=dtype, devices=devices[:1])
-    settings = transformers_settings(folder, config)
-    model = Dream(load_backbone(folder, "qwen2", settings, tensors, dtype=dtype, device=devices[0]))
-    return identify(
-        model,
-        folder,
-        config,
-        checkpoint,
-        vocab_size=vocab_size,
-        max_length=whole_number(folder, config, "max_position_embeddings"),
-        mask_token_id=mask_token(folder, config, vocab_size=vocab_size, published=MASK_TOKEN_ID),
+    return load_on_backbone(
+        Dream, "qwen2", folder, family="dream", devices=devices, dtype=dtype, published_mask=MASK_TOKEN_ID
     )

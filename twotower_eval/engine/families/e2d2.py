@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.families.backbone import Backbone, Past, load_backbone
+from twotower_eval.engine.families.one_network import OneNetwork, own_lengths
 from twotower_eval.engine.families.settings import identify, mask_token, transformers_settings, whole_number
-from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import file_digest, read_whole
-from twotower_eval.errors import FileError, UserError
+from twotower_eval.errors import FileError
 from twotower_eval.sources import located, read_source
 from twotower_eval.strict import JsonObject
 
@@ -58,7 +58,7 @@ class Encoded:
         return type(self)(self.past.joined(other.past), shown, torch.cat(wide), self.lengths + other.lengths)
 
 
-class E2D2(LanguageModel):
+class E2D2(OneNetwork[Encoded]):
     """The network. ``places`` are the encoder's layers whose keys and values the decoder's layers see, one for each;
     None where these make their own.
 
@@ -67,8 +67,7 @@ class E2D2(LanguageModel):
     whole, as in training. ``keeps_first``: a bound never masks the first token of a row.
     """
 
-    mask_token_id: int
-    has_denoiser = two_way = one_network = True
+    two_way = True
     ends_with_prompt = True  # blocks are counted from there
     causal = causal_cache = keeps_first = False
 
@@ -80,7 +79,7 @@ class E2D2(LanguageModel):
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Encoded:
         """Read prompts, rows padded on the right; a row may have no token."""
-        nothing, lengths = self.nothing(len(ids_BS)), _own(ids_BS, lengths_B)
+        nothing, lengths = self.nothing(len(ids_BS)), own_lengths(ids_BS, lengths_B)
         return nothing if max(lengths) == 0 else self.extend(nothing, ids_BS, lengths)
 
     def nothing(self, num_rows: int) -> Encoded:
@@ -91,7 +90,7 @@ class E2D2(LanguageModel):
 
     def extend(self, context: Encoded, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Encoded:
         """The context after K more tokens in every row, or each row's own number of them. The old one stays valid."""
-        return self.encoded(context, ids_BK, _own(ids_BK, lengths_B))[1]
+        return self.encoded(context, ids_BK, own_lengths(ids_BK, lengths_B))[1]
 
     def encoded(self, context: Encoded, ids_BK: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Encoded]:
         """The encoder's output (B, K, H) behind new tokens, and the context after them."""
@@ -115,19 +114,6 @@ class E2D2(LanguageModel):
         num_new = block_BK.shape[1]
         positions_BK, visible_BKT, _ = _seen(context, num_new, [num_new] * len(block_BK))
         return self.decoder.read(block_BK, positions_BK, visible_BKT, self._shown(context.past, context.shown))[0]
-
-    def next_logits(self, context: Encoded) -> Tensor:
-        """Logits (B, V) of a single mask behind each row, which is a forward."""
-        return self.denoise(torch.full((len(context.lengths), 1), self.mask_token_id), context)[:, 0]
-
-    def context_logits(
-        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
-    ) -> Tensor:
-        """UserError: within a block the model predicts a token from those on both sides of it."""
-        raise UserError(
-            f"{self.checkpoint.name} ({self.checkpoint.family}) has no causal log-likelihoods: "
-            "take --likelihood denoiser_left_to_right or bound"
-        )
 
     def doubled_logits(
         self,
@@ -177,10 +163,6 @@ class E2D2(LanguageModel):
             keys.append(apply_rotary_pos_emb(key_BJSD, key_BJSD, cos, sin)[1])
             values.append(attention.v_proj(normed_BSH).view(heads).transpose(1, 2))
         return Past(tuple(keys), tuple(values))
-
-
-def _own(ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None) -> list[int]:
-    return [ids_BS.shape[1]] * len(ids_BS) if lengths_B is None else [int(length) for length in lengths_B]
 
 
 def _seen(context: Encoded, num_new: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -228,6 +228,10 @@ class Network(nn.Module):
         self.model = Layers(settings)
         self.lm_head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, by transformers' name of the method."""
+        return self.lm_head
+
 
 class MoEBackbone(Backbone):
     """As transformers' backbones are read, for this network."""
@@ -235,14 +239,8 @@ class MoEBackbone(Backbone):
     def __init__(self, network: Network) -> None:
         super().__init__(cast(Any, network))
 
-    def read(
-        self,
-        ids_BS: Tensor,
-        positions_BS: Tensor,
-        visible_BST: Tensor,
-        past: Past | None = None,
-        *,
-        places_BM: Tensor | None = None,
+    def states(
+        self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, past: Past | None = None
     ) -> tuple[Tensor, Past]:
         """See the base."""
         device, network = self.device, self.inner
@@ -255,10 +253,13 @@ class MoEBackbone(Backbone):
             hidden_BSH, key_BJTD, value_BJTD = layer(hidden_BSH, turn, visible_B1ST, held)
             keys.append(key_BJTD)
             values.append(value_BJTD)
-        hidden_BSH = network.model.norm(hidden_BSH)
-        if places_BM is not None:
-            hidden_BSH = hidden_BSH[torch.arange(len(ids_BS), device=device)[:, None], places_BM.to(device)]
-        return network.lm_head(hidden_BSH).float(), Past(tuple(keys), tuple(values))
+        return network.model.norm(hidden_BSH), Past(tuple(keys), tuple(values))
+
+    def logits(
+        self, ids_BS: Tensor, positions_BS: Tensor, visible_BSS: Tensor, *, places_BM: Tensor | None = None
+    ) -> Tensor:
+        """See the base."""
+        return self.read(ids_BS, positions_BS, visible_BSS, places_BM=places_BM)[0]
 
 
 def _turn(settings: Settings, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+from twotower_eval.engine.families.backbone import Backbone, load_backbone
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.config import as_ids
+from twotower_eval.engine.models.identity import read_whole
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.errors import FileError
 from twotower_eval.records import Checkpoint
@@ -90,6 +95,33 @@ def identify(
     model.tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
     model.eos_token_ids = _eos_ids(folder, config, model)
     return model
+
+
+def load_on_backbone(
+    make: Callable[[Backbone], ModelT],
+    kind: str,
+    folder: Path,
+    *,
+    family: str,
+    devices: tuple[str, ...],
+    dtype: torch.dtype,
+    published_mask: int | None = None,
+) -> ModelT:
+    """A family whose checkpoints are those of transformers' own ``kind`` (see backbone), tensors and settings by its
+    names. ``published_mask``: see :func:`mask_token`. UserError for what is wrong with the folder."""
+    config = read_json(folder / "config.json")
+    vocab_size = whole_number(folder, config, "vocab_size")
+    tensors, checkpoint = read_whole(folder, family=family, dtype=dtype, devices=devices[:1])
+    settings = transformers_settings(folder, config)
+    return identify(
+        make(load_backbone(folder, kind, settings, tensors, dtype=dtype, device=devices[0])),
+        folder,
+        config,
+        checkpoint,
+        vocab_size=vocab_size,
+        max_length=whole_number(folder, config, "max_position_embeddings"),
+        mask_token_id=mask_token(folder, config, vocab_size=vocab_size, published=published_mask),
+    )
 
 
 def _eos_ids(folder: Path, config: JsonObject, model: LanguageModel) -> tuple[int, ...]:

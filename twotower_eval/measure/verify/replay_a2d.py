@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.families.a2d import A2DBlocks, A2DCanvas, ModelT
+from twotower_eval.engine.families.a2d import A2DBlocks, A2DCanvas
 from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.measure.verify.replay import (
     Compared,
@@ -23,6 +23,8 @@ from twotower_eval.measure.verify.replay import (
 )
 from twotower_eval.measure.verify.replay_blocks import calls_of, canvas_of_blocks, commit_calls_of_blocks, raw_logits
 from twotower_eval.records import Prompt
+
+ModelT = TypeVar("ModelT", A2DCanvas, A2DBlocks)
 
 
 def a2d(model: Model, reference: Reference) -> Iterator[Compared]:
