@@ -20,6 +20,7 @@ from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.decoders.speculative import LookupParams, lookup_passes
 from twotower_eval.engine.models import load_model
 from twotower_eval.measure import speed
+from twotower_eval.measure.speed import probes
 from twotower_eval.measure.speed.workloads import make_calls
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Estimate, Prompt
@@ -33,6 +34,13 @@ def clock() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         forwards.watch(patch)
         yield forwards
+
+
+@pytest.fixture(autouse=True)
+def one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New prompts are drawn anew in every launch: here always the same, so that what is found does not hang on luck."""
+    drawn = probes.derive_seed
+    monkeypatch.setattr(probes, "derive_seed", lambda *parts: drawn(*parts[:-1], "a launch"))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +100,7 @@ def test_a_lookup_on_prompts_that_repeat_themselves_remembers_nothing(
     assert unseen.remembered(LIMIT) == ()
     assert unseen.checked(LIMIT)
     assert own.made_up_beyond.estimate is not None
-    said = f"{own.made_up_beyond.estimate.value:.2f}x ["  # new texts in every run: within the bound, not always 1.00
+    said = f"{own.made_up_beyond.estimate.value:.2f}x ["
     assert said in fact_text(Probes(unseen=unseen, limit=LIMIT)).split("made-up prompts")[1]
 
 
